@@ -1,0 +1,39 @@
+# make demo   train on drawn patients, then synthesise a held-out volume (minutes, no GPU, no data)
+# make test   run every page, then pytest
+# Both set up .venv on the first call and reuse it afterwards.
+PYTHON ?= python3
+BIN    := .venv/bin
+READY  := .venv/.ready
+PAGES  := ^([0-9]|index)
+
+.PHONY: demo test export clean readme constraints
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	mkdir -p runs/demo
+	$(BIN)/papermill nbs/train.ipynb runs/demo/train.ipynb -p variant mask
+	@printf '\nPictures and volumes of this run, and the notebook that shows them (runs/demo/train.ipynb):\n'
+	@find runs -newer runs/demo/.started '(' -name '*.png' -o -name '*.nii.gz' ')' | sort
+
+test: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --file_re '$(PAGES)' --n_workers 2 --do_print
+	$(BIN)/python -m pytest
+
+export: $(READY)   # notebooks -> ctdiffusion/
+	$(BIN)/nbdev_export
+
+clean: $(READY)    # strip what a notebook should not carry into a commit
+	$(BIN)/nbdev_clean
+
+readme: $(READY)   # nbs/index.ipynb -> README.md
+	$(BIN)/python tests/readme.py
+
+constraints: $(READY)
+	$(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude wheel | sed 's/+cpu$$//' > constraints.new
+	{ grep '^#' constraints.txt; cat constraints.new; } > constraints.tmp && mv constraints.tmp constraints.txt && rm constraints.new
+
+$(READY): settings.ini constraints.txt setup.py pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit("constraints.txt needs Python >= 3.11: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[notebooks,dev]'
+	touch $@
