@@ -28,9 +28,9 @@ clean: $(READY)    # strip what a notebook should not carry into a commit
 readme: $(READY)   # nbs/index.ipynb -> README.md
 	$(BIN)/python tests/readme.py
 
-constraints: $(READY)
-	$(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude wheel | sed 's/+cpu$$//' > constraints.new
-	{ grep '^#' constraints.txt; cat constraints.new; } > constraints.tmp && mv constraints.tmp constraints.txt && rm constraints.new
+constraints: $(READY)   # what is installed now -> constraints.txt
+	{ grep '^#' constraints.txt; $(BIN)/pip freeze --all --exclude-editable --exclude pip --exclude wheel | sed 's/+cpu$$//'; } > constraints.new
+	mv constraints.new constraints.txt
 
 $(READY): settings.ini constraints.txt setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("constraints.txt needs Python >= 3.11: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
