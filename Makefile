@@ -12,8 +12,8 @@ PAGES  := ^([0-9]|index)
 demo: $(READY)
 	mkdir -p runs/demo
 	$(BIN)/papermill nbs/train.ipynb runs/demo/train.ipynb -p variant mask
-	@printf '\nPictures and volumes of this run, and the notebook that shows them (runs/demo/train.ipynb):\n'
-	@find runs -newer runs/demo/.started '(' -name '*.png' -o -name '*.nii.gz' ')' | sort
+	@printf '\nThe page with everything on it, its pictures, and the volumes (open them in 3D Slicer):\n'
+	@ls -1 runs/demo/train.ipynb runs/mask-demo-s0/figures/*.png runs/mask-demo-s0/*.nii.gz
 
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --file_re '$(PAGES)' --n_workers 2 --do_print

@@ -12,10 +12,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 import numpy as np
 
-# %% ../../nbs/00_anatomy.ipynb #766754bc
+# %% ../../nbs/00_anatomy.ipynb #d2064f9f
 PHASES = ("none", "arterial", "portal")   # of the contrast medium
 
-# %% ../../nbs/00_anatomy.ipynb #2945e246
 @dataclass(frozen=True)
 class Tissue:
     "What fills a shape, in HU."
@@ -54,10 +53,9 @@ def ellipsoids(
         sd = np.minimum(sd, r*(r - 1)/np.sqrt(((k/c[3:, None, None, None])**2).sum(0) + 1e-9))
     return sd
 
-# %% ../../nbs/00_anatomy.ipynb #30969e21
+# %% ../../nbs/00_anatomy.ipynb #b1e1f0d3
 EXTENT = np.array([(-260, 260), (-220, 240), (-280, 360)])   # mm in which noise is defined
 
-# %% ../../nbs/00_anatomy.ipynb #542b9b25
 def _spline(at, lo, hi, step):
     "Weights of the knots lo, lo + step, ... at the points `at`: cubic B-splines."
     t = np.abs(at[:, None] - np.arange(lo - 2*step, hi + 3*step, step)[None])/step
@@ -139,7 +137,7 @@ VESSELS = (
     Part("gullet", "-4 22 310 9 8 8, -6 30 250 9 8 8, -14 38 224 9 9 8, -32 32 208 9 9 8", "esophagus"),
 )
 
-# %% ../../nbs/00_anatomy.ipynb #ed4c9df1
+# %% ../../nbs/00_anatomy.ipynb #4375a14e
 BONES = (
     Part("marrow", "0 -24 -30 44 16 14, 0 -42 -65 38 14 18, 0 -58 -105 26 10 16, 0 -50 -145 9 7 10"),
     Part("muscle", "60 -50 -40 13 13 44, 84 -32 -30 17 17 40, 108 2 -30 15 15 34, 118 36 -55 12 12 24", mirror=True),
@@ -151,7 +149,6 @@ BONES = (
     Part("marrow", "72 -16 -150 13 16 16, 66 -26 -190 14 14 14", mirror=True),
 )
 
-# %% ../../nbs/00_anatomy.ipynb #edc198a2
 PARTS = MUSCLES + ORGANS + VESSELS + BONES   # in the order of painting
 
 # %% ../../nbs/00_anatomy.ipynb #2ce9940c
@@ -179,7 +176,7 @@ def ribs(q: np.ndarray, wall: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     end = np.interp(k, (0, 1, 2, 5), (1., 1.6, 2.5, 2.7)).astype(np.float32)
     return np.maximum(np.maximum(np.abs(wall + 8) - 4.5, np.abs(level - 27*k) - 6.5), 60*(angle - end)), angle
 
-# %% ../../nbs/00_anatomy.ipynb #323cc58d
+# %% ../../nbs/00_anatomy.ipynb #242f4e46
 DISCS = np.array((-33, 2, 38, 74, 110, 144, 174, 203, 231, 258, 285, 312), np.float32)   # z of the discs, L5 to T7
 
 class Vertebrae(NamedTuple):
@@ -189,7 +186,6 @@ class Vertebrae(NamedTuple):
     canal: np.ndarray
     disc: np.ndarray   # distance to the middle of the nearest disc
 
-# %% ../../nbs/00_anatomy.ipynb #9b956efe
 def _ellipse(x, y, rx, ry): return (np.hypot(x/rx, y/ry) - 1)*min(rx, ry)
 
 # %% ../../nbs/00_anatomy.ipynb #4fab5906
@@ -207,11 +203,10 @@ def vertebrae(q: np.ndarray) -> Vertebrae:
     canal = np.maximum(_ellipse(x, y + 27, 9.5, 7.5), -z - 60)
     return Vertebrae(body, (across, spine, arch), canal, dz)
 
-# %% ../../nbs/00_anatomy.ipynb #4ac43962
+# %% ../../nbs/00_anatomy.ipynb #9fb37a08
 COLON = np.array([(104, 30, -38), (108, 22, 0), (108, 26, 45), (98, 50, 82), (70, 78, 62), (20, 86, 52), (-35, 86, 66), (-80, 66, 110), (-108, 14, 148), (-114, 0, 100),
          (-112, 2, 30), (-98, 14, -25), (-58, 32, -55), (-22, 24, -70), (-18, -6, -90), (2, -26, -110), (2, -30, -140), (0, -24, -170)], float)
 
-# %% ../../nbs/00_anatomy.ipynb #ad950795
 def bowel_course(rng: np.random.Generator, belly: float = 0.) -> np.ndarray:
     "The small bowel, (n, 3) in mm: a tour through jittered nodes, always to the nearest one left; `belly` mm of fat make room for more."
     grid = np.meshgrid(np.arange(-78, 79, 31), np.arange(22, 90 + max(belly, 0)*.6, 30), np.arange(-84, 92, 29), indexing="ij")

@@ -146,7 +146,7 @@ def _alone(folder: Path) -> tuple[list[Case], list[Problem]]:
     files, problems = _files(folder)
     return [Case(i, f, None, "unlabelled") for i, f in files.items()], problems
 
-# %% ../../nbs/04_cases.ipynb #441b11ec
+# %% ../../nbs/04_cases.ipynb #ef6d6993
 def hu_fault(hu: np.ndarray) -> tuple[str, str, str] | None:
     "What is wrong with the values of an alleged CT: found, expected, what to do; None if nothing is."
     x = hu.ravel()[::max(1, hu.size // 10**6)]
@@ -159,7 +159,8 @@ def hu_fault(hu: np.ndarray) -> tuple[str, str, str] | None:
     if low >= -10 and 850 < shifted < 1250: return f"{found}, most tissue near {shifted:.0f}", air, "The intercept was lost: is it HU after adding -1024? Then store it so."
     if low >= -10: return f"{found}: no air, like MRI", air, "Leave the case out if it is MRI."
     if low > -700: return f"{found}: windowed", air, original
-    if not -150 < soft < 250: return f"{found}, tissue near {soft:.0f}", air, "Slope or intercept are wrong: export the CT again."
+    share = float(((x > -200) & (x < 300)).mean())
+    if share < .03 or not -150 < soft < 250: return f"{found}: {share:.0%} soft tissue, and what is no air lies near {soft:.0f}", air, "Slope or intercept are wrong: export the CT again."
 
 # %% ../../nbs/04_cases.ipynb #89b9c2c1
 def pair_fault(image: Volume, label: Volume, tolerance: float = 1e-3) -> tuple[str, str, str] | None:

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PROTOCOL', 'STORAGE', 'Canvas', 'paint_wall', 'paint_chest', 'paint_part', 'paint_gut', 'paint_liver_vessels',
-           'paint_spine', 'paint_organs', 'paint_outside', 'scan', 'Patient', 'phantom', 'save_patient', 'mri_like',
-           'make_dataset']
+           'paint_spine', 'paint_organs', 'paint_outside', 'scan', 'Patient', 'phantom', 'save_patient', 'make_dataset']
 
 # %% ../../nbs/01_phantom.ipynb #0beb8ffc
 import gzip, json
@@ -20,7 +19,7 @@ from .anatomy import (CAVITY, COLON, PARTS, PHASES, TISSUES, WALL, Part,
                                       bowel_course, ellipsoids, noise_field, outline, ribs, vertebrae)
 from .labels import AMOS, CTDiffusionError
 
-# %% ../../nbs/01_phantom.ipynb #86c9ab89
+# %% ../../nbs/01_phantom.ipynb #50301394
 class Canvas:
     "The voxels of one patient: where each lies in the reference patient, and what has been painted there."
     def __init__(self, rng: np.random.Generator, size: int, phase: int):
@@ -29,8 +28,7 @@ class Canvas:
         self.draw_grid(size)
         self.draw_fields()
         self.hu = np.full(self.q.shape[1:], -1000, np.float32)
-        self.labels = np.zeros(self.hu.shape, np.uint8)
-        self.regions = {}
+        self.labels, self.regions = np.zeros(self.hu.shape, np.uint8), {}
 
     def draw_habitus(self):
         self.sex = str(self.rng.choice(["f", "m"]))
@@ -115,17 +113,11 @@ def paint_part(c: Canvas, part: Part, side: int = 1) -> None:
     if part.gas:
         c.paint(np.maximum(sd + 3, c.rng.uniform(*part.gas) - c.q[1][box]), c.tissue["gas"], box, label)
 
-# %% ../../nbs/01_phantom.ipynb #fc60bebc
-def paint_gut(
-    c: Canvas,
-    nodes: np.ndarray,               # (n, 3) the curve runs along these, mm
-    radius: float,                   # mm
-    fillings: tuple[str, str],       # two tissues; each stretch has one of them
-    gas: float,                      # mean height of the fluid level above the middle, mm
-) -> None:
-    "A tube around a smooth curve: sd = |q - nearest point| - radius there."
-    at = np.arange(len(nodes))
-    t = np.linspace(0, len(nodes) - 1, 18*len(nodes))
+# %% ../../nbs/01_phantom.ipynb #f2bd8d37
+def paint_gut(c: Canvas, nodes: np.ndarray, radius: float, fillings: tuple[str, str], gas: float) -> None:
+    """A tube around a smooth curve: sd = |q - nearest point| - radius there.
+    `nodes`: (n, 3) and `radius` in mm; each stretch holds one of two `fillings`; its fluid level is about `gas` mm above the middle."""
+    at, t = np.arange(len(nodes)), np.linspace(0, len(nodes) - 1, 18*len(nodes))
     curve = np.stack([gaussian_filter(np.interp(t, at, p), 7, mode="nearest") for p in nodes.T], 1)
     radius = radius*(1 + .13*np.sin(1.1*np.arange(len(t))) + .16*np.interp(t, at, c.rng.standard_normal(len(nodes))))
     box = c.box(curve.min(0), curve.max(0))
@@ -137,7 +129,7 @@ def paint_gut(
     level = curve[:, 1] + np.interp(t, at, c.rng.normal(gas, 8, len(nodes)))
     c.paint(np.maximum(sd + 2.5, level[k] - c.q[1][box]), c.tissue["gas"], box)
 
-# %% ../../nbs/01_phantom.ipynb #9bde29cb
+# %% ../../nbs/01_phantom.ipynb #605ee9d2
 def paint_liver_vessels(c: Canvas) -> None:
     "Portal branches from the hilum and hepatic veins to the cava, inside of the liver only."
     liver = AMOS.id("liver")
@@ -149,28 +141,24 @@ def paint_liver_vessels(c: Canvas) -> None:
         sd = ellipsoids(c.q[(slice(None), *box)], ((*root, 5, 5, 5), (*mid, 3.6, 3.6, 3.6), (*tip, 2.2, 2.2, 2.2)), gap=1.5)
         c.paint(np.where(outside, 99, sd), c.fill("vessel", sd, box), box, liver)
 
-# %% ../../nbs/01_phantom.ipynb #100b97aa
 def paint_spine(c: Canvas) -> None:
     "Vertebrae with cortex and marrow, discs between them, and the canal."
     box = c.box((-60, -100, -24), (60, 40, 330), 0)
     body, arch, canal, disc = vertebrae(c.q[(slice(None), *box)])
     for sd in arch: c.paint(sd, c.fill("marrow", sd - .5, box), box)
-    bone = c.fill("marrow", np.maximum(body, 5.5 - disc), box)
-    c.paint(body, np.where(disc < 4.5, c.fill("disc", body, box), bone), box)
+    c.paint(body, np.where(disc < 4.5, c.fill("disc", body, box), c.fill("marrow", np.maximum(body, 5.5 - disc), box)), box)
     c.paint(canal, c.fill("cord", canal, box), box)
 
-# %% ../../nbs/01_phantom.ipynb #dfa83e8b
 def paint_organs(c: Canvas) -> None:
     "Bowel first, then the table in its order, the spine last."
     paint_gut(c, bowel_course(c.rng, c.belly), 12.5, ("chyme", "fluid"), 9)
-    in_front = [0, .6*c.belly, 0]*(COLON[:, 1:2] > 60)
-    paint_gut(c, COLON + c.rng.normal(0, 4, COLON.shape) + in_front, 19, ("stool", "chyme"), 4)
+    paint_gut(c, COLON + c.rng.normal(0, 4, COLON.shape) + [0, .6*c.belly, 0]*(COLON[:, 1:2] > 60), 19, ("stool", "chyme"), 4)
     for part in PARTS:
         for side in (1, -1) if part.mirror else (1,): paint_part(c, part, side)
         if part.label == "liver": paint_liver_vessels(c)
     paint_spine(c)
 
-# %% ../../nbs/01_phantom.ipynb #80d8b5c4
+# %% ../../nbs/01_phantom.ipynb #fee467b7
 def paint_outside(c: Canvas, table: bool) -> None:
     "Arms, and a shallow curved table: a thin shell with foam inside that touches the back."
     for side in (1, -1)*c.arms:
@@ -181,16 +169,15 @@ def paint_outside(c: Canvas, table: bool) -> None:
     x, y, _ = np.meshgrid(*c.axes, indexing="ij")
     back = c.axes[1][np.flatnonzero((c.hu > -300).any((0, 2)))[0]]
     inner, wide, air = np.abs(y - (back - 4 + (x/30)**2*.55) + 12), np.abs(x) - 215, c.hu < -500
-    for wall, hu in ((0, 60), (3, -880)): c.paint(np.where(air, np.maximum(inner - 12 + wall, wide + wall), 99), hu)
+    for wall, hu in ((0, 60), (5, -880)): c.paint(np.where(air, np.maximum(inner - 12 + wall, wide + wall), 99), hu)
 
-# %% ../../nbs/01_phantom.ipynb #10bbbf3c
 def scan(c: Canvas) -> np.ndarray:  # int16 HU
     "What the scanner makes of it: blur, correlated noise of 5 to 11 HU, whole numbers."
     noise = gaussian_filter(c.rng.standard_normal(c.hu.shape, np.float32), (.7, .7, .3))
     hu = gaussian_filter(c.hu, (.5, .5, .25)) + c.rng.uniform(5, 11)*noise/noise.std()
     return np.clip(np.round(hu), -1024, 3071).astype(np.int16)
 
-# %% ../../nbs/01_phantom.ipynb #d032e0bc
+# %% ../../nbs/01_phantom.ipynb #18486b29
 @dataclass
 class Patient:
     "One drawn patient on a RAS grid."
@@ -200,7 +187,6 @@ class Patient:
     affine: np.ndarray    # (4, 4), RAS+
     info: dict            # seed, sex, phase, fat under the skin in mm, arms, table
 
-# %% ../../nbs/01_phantom.ipynb #873f4244
 def phantom(
     seed: int,                 # the patient
     size: int = 96,            # in-plane voxels
@@ -217,10 +203,9 @@ def phantom(
     paint_outside(c, table)
     affine = np.diag([*c.spacing, 1.])
     affine[:3, 3] = [a[0] for a in c.axes]
-    info = dict(seed=seed, sex=c.sex, phase=PHASES[c.phase], fat=round(c.fat), arms=c.arms, table=table)
-    return Patient(scan(c), c.labels, c.spacing, affine, info)
+    return Patient(scan(c), c.labels, c.spacing, affine, dict(seed=seed, sex=c.sex, phase=PHASES[c.phase], fat=round(c.fat), arms=c.arms, table=table))
 
-# %% ../../nbs/01_phantom.ipynb #bc2173db
+# %% ../../nbs/01_phantom.ipynb #55a3ccf5
 def save_patient(
     patient: Patient,
     image_path: str | Path,
@@ -234,27 +219,22 @@ def save_patient(
         img = nib.Nifti1Image(data, patient.affine).as_reoriented(to)
         img.header.set_xyzt_units("mm", "sec")
         img.header.set_slope_inter(1, 0)
-        img.set_qform(img.affine, 1)
-        img.set_sform(img.affine, 1)
+        for form in (img.set_qform, img.set_sform): form(img.affine, 1)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
         Path(path).write_bytes(gzip.compress(img.to_bytes(), 6, mtime=0))
 
-# %% ../../nbs/01_phantom.ipynb #525d2495
+# %% ../../nbs/01_phantom.ipynb #db93935b
 PROTOCOL = ("portal", "portal", "none", "portal", "portal", "arterial", "portal", "portal")
 STORAGE = ("LAS", "RAS", "LPS", "LPI", "RPI", "ASL")
 
-# %% ../../nbs/01_phantom.ipynb #f106dc10
-def mri_like(patient: Patient) -> Patient:
-    "Positive numbers without a unit, zero in air: no HU."
-    return replace(patient, hu=np.clip(patient.hu + 1000, 0, 1400).astype(np.int16))
-
-# %% ../../nbs/01_phantom.ipynb #b4f8a809
 def _write_case(job: tuple) -> None:
-    "One patient of a data set; plain values in, so that processes can share the work."
+    "One patient of a data set; plain values in, so that processes can share the work. MRI: positive numbers, no HU."
     image, label, seed, number, size, phase = job
     patient = phantom(10_000*seed + number, size, phase)
-    save_patient(patient if number < 500 else mri_like(patient), image, label, STORAGE[number % len(STORAGE)])
+    if number >= 500: patient = replace(patient, hu=np.clip(patient.hu + 1000, 0, 1400).astype(np.int16))
+    save_patient(patient, image, label, STORAGE[number % len(STORAGE)])
 
-# %% ../../nbs/01_phantom.ipynb #e1a75d88
+# %% ../../nbs/01_phantom.ipynb #452f0419
 def make_dataset(
     root: str | Path,      # folder to write into
     train: int = 20,       # patients 1 to `train`, at most 400
@@ -269,8 +249,6 @@ def make_dataset(
         raise CTDiffusionError(root, f"train={train}, val={val}", "train in 1..400, val in 0..99 (AMOS ids below 500 are CT)", "Use another seed for more patients.")
     numbers = dict(Tr=[*range(1, train + 1), 507], Va=range(401, 401 + val))
     lists = {s: [{k: f"./{k}s{s}/amos_{n:04d}.nii.gz" for k in ("image", "label")} for n in ns] for s, ns in numbers.items()}
-    for kind in ("images", "labels"):
-        for s in numbers: (root/f"{kind}{s}").mkdir(parents=True, exist_ok=True)
     jobs = [(root/e["image"], root/e["label"], seed, n, size, PROTOCOL[i % len(PROTOCOL)]) for s, ns in numbers.items() for i, (n, e) in enumerate(zip(ns, lists[s]))]
     with ProcessPoolExecutor(processes) as pool: list((pool.map if processes > 1 else map)(_write_case, jobs))
     labels = {str(c.id): (c.aliases or (c.name,))[0] for c in AMOS.classes if c.id != AMOS.body}

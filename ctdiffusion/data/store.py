@@ -161,7 +161,7 @@ def _fill(folder: Path, store: Path, root: Path, config: PrepareConfig, table: C
     write_problems(folder / "problems.csv", problems)
     write_atomic(folder / "manifest.json", json.dumps(m | dict(hash=content_hash(m), problems=[asdict(p) for p in problems]), indent=1).encode())
 
-# %% ../../nbs/06_store.ipynb #3420aedd
+# %% ../../nbs/06_store.ipynb #6f2b5d57
 def _commit(folder: Path, store: Path) -> None:
     "The finished folder takes its place."
     for f in folder.iterdir():
@@ -202,7 +202,7 @@ def prepare(
             finally: shutil.rmtree(scratch, ignore_errors=True)
     except Timeout as e: raise CTDiffusionError(store, "another preparation at work", "one at a time", "Wait for it, or choose another folder.") from e
     except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise
+        if e.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise  # NumPy names no errno when a write is cut short
         raise CTDiffusionError(store.parent, f"{shutil.disk_usage(store.parent).free:,} bytes free", "room for twice the finished store", "Free some space, or choose another disk.") from e
     store.with_name(f"{store.name}_problems.csv").unlink(missing_ok=True)
     return open_store(store, config, table)

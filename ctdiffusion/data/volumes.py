@@ -164,7 +164,7 @@ class Volume:
     @property
     def spacing(self) -> np.ndarray: return np.linalg.norm(self.affine[:3, :3], axis=0)
 
-# %% ../../nbs/02_volumes.ipynb #ad528246
+# %% ../../nbs/02_volumes.ipynb #0b638b58
 def to_ras(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Axes permuted and flipped, never resampled, to the RAS order closest to the affine; both are returned."
     ornt = io_orientation(affine)
@@ -175,11 +175,11 @@ def from_ras(data: np.ndarray, source: Source) -> np.ndarray:
     return apply_orientation(data, ornt_transform(axcodes2ornt("RAS"), io_orientation(source.affine)))
 
 def tilt(affine: np.ndarray) -> float:
-    "Degrees between the normal of a slice and the patient's long axis, from the affine of a RAS array: 0 if truly axial."
-    normal = np.cross(affine[:3, 0], affine[:3, 1])
-    return float(np.degrees(np.arccos(np.clip(normal[2] / np.linalg.norm(normal), -1, 1))))
+    "Degrees by which the slices of a RAS array lean, or are stacked aslant, against the patient's long axis; 0 if truly axial."
+    ways = np.cross(affine[:3, 0], affine[:3, 1]), affine[:3, 2]
+    return max(float(np.degrees(np.arccos(np.clip(w[2] / np.linalg.norm(w), -1, 1)))) for w in ways)
 
-# %% ../../nbs/02_volumes.ipynb #81ee58d3
+# %% ../../nbs/02_volumes.ipynb #18ce5b00
 AIR = -1024  # HU
 
 def sha256_file(path: str | Path) -> str:
@@ -194,7 +194,7 @@ def _volume(path: str | Path, max_voxels: int, assume: str | None) -> Volume:
     if not Path(path).is_file(): raise CTDiffusionError(path, "no such file", "a NIfTI volume", "Check the path.")
     header, data = _load(Path(path), max_voxels, assume)
     ras, affine = to_ras(_values(header, data, Path(path)), header.affine)
-    notes = (f"slices tilted by {tilt(affine):.0f} degrees, kept as scanned",) * (tilt(affine) > 1)
+    notes = (f"slices tilted or sheared by {tilt(affine):.0f} degrees, kept as scanned",) * (tilt(affine) > 1)
     return Volume(ras, affine, Source(str(path), header.shape, header.affine, sha256_file(path)), notes)
 
 def read_image(
