@@ -168,7 +168,7 @@ def test_what_is_written(tmp_path):
 LABELS = np.random.default_rng(1).integers(0, 16, (4, 5, 6)).astype(np.float32)
 
 
-@pytest.mark.parametrize("value, words", [(1.5, ["1.5 (", "nearest neighbour"]), (16, ["label 16", "organs only"]), (255, ["label 255 (", "0..16"]), (-1, ["label -1 ("]), (3.01, ["3.01"])])
+@pytest.mark.parametrize("value, words", [(1.5, ["1.5 (", "nearest neighbour"]), (16, ["label 16", "organs only"]), (255, ["255 (", "16"]), (-1, ["-1 ("]), (3.01, ["3.01"])])
 def test_wrong_labels_are_refused(tmp_path, value, words):
     refused(patched(tmp_path / "a.nii", data=np.where(LABELS == 3, np.float32(value), LABELS)), *words, read=read_labels, allow_body=False)
 

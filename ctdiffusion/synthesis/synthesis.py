@@ -6,7 +6,7 @@
 __all__ = ['Model', 'describe', 'weights_folder', 'embedded', 'load', 'export', 'slice_noise', 'synthesize_slices',
            'complete_labels', 'to_hu', 'synthesize']
 
-# %% ../../nbs/40_synthesis.ipynb #a92a8f70
+# %% ../../nbs/40_synthesis.ipynb #f04cba98
 import hashlib, json, shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from ..diffusion.samplers import sample
 from ..diffusion.schedule import Schedule, make_schedule
 from ..models.variants import ModelConfig, build
 from ..training.runs import atomic_write, generator, latest_checkpoint, read_checkpoint
-from ..training.trainer import load as load_weights
+from ..training.step import load_weights
 
 # %% ../../nbs/40_synthesis.ipynb #c2ceeb41
 @dataclass(frozen=True, eq=False)
