@@ -1,4 +1,5 @@
 "Run folders: what a crash, a full disk, a flipped bit or a second job may do, and what it may not."
+import hashlib
 import json
 import os
 import resource
@@ -43,7 +44,7 @@ def names(run: Path) -> set: return {p.name for p in run.rglob("*") if p.is_file
 
 def test_generator_is_pinned():
     "Anybody's resumed run depends on these numbers: they may never change."
-    assert generator(0, 0, "noise").initial_seed() == int.from_bytes(__import__("hashlib").sha256(b"0/0/noise/0").digest()[:7], "big")
+    assert generator(0, 0, "noise").initial_seed() == int.from_bytes(hashlib.sha256(b"0/0/noise/0").digest()[:7], "big")
     assert len({generator(s, k, p, r).initial_seed() for s in range(3) for k in range(50) for p in ("noise", "t") for r in range(2)}) == 600
 
 
