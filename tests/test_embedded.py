@@ -19,9 +19,9 @@ ORGANS = ("background", "body", "liver", "spleen", "kidney_right", "kidney_left"
 
 @pytest.fixture(scope="module")
 def held_out(tmp_path_factory):
-    "32 slices of six patients, their real HU and their label maps."
+    "32 slices of eight patients, their real HU and their label maps."
     folder = tmp_path_factory.mktemp("phantoms")
-    store = prepare(make_dataset(folder / "data", train=1, val=6), folder / "store", PrepareConfig(size=64))
+    store = prepare(make_dataset(folder / "data", train=1, val=8), folder / "store", PrepareConfig(size=64))
     rows = store.rows("val")[np.linspace(0, len(store.rows("val")) - 1, 32).astype(int)]
     return unwindow(store.images[rows] / np.float32(255)), np.array(store.labels[rows])
 

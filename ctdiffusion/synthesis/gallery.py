@@ -94,11 +94,10 @@ def three_planes(
     fig.suptitle(title, fontsize=9)
     return fig
 
-# %% ../../nbs/41_gallery.ipynb #ccf27338
+# %% ../../nbs/41_gallery.ipynb #7a38dc1a
 def smooth(
-    values: Sequence[float],
-    window: int = 20,  # points per mean
-) -> np.ndarray:       # one value per point
+    values: Sequence[float], window: int = 20,  # points per mean
+) -> np.ndarray:                                # one value per point
     "Running mean over the last `window` points, over fewer at the start."
     total = np.cumsum(np.insert(np.asarray(values, float), 0, 0.0))
     n = np.arange(1, len(total))
@@ -118,12 +117,11 @@ def plot_losses(
     ax.legend()
     return fig
 
-# %% ../../nbs/41_gallery.ipynb #2023f84b
+# %% ../../nbs/41_gallery.ipynb #0fb93cfe
 def organ_medians(
     slices: np.ndarray,        # (N, H, W) HU
     labels: np.ndarray,        # (N, H, W) ids
-    table: ClassTable = AMOS,
-    least: int = 20,           # pixels below which an organ has no meaningful median
+    table: ClassTable = AMOS, least: int = 20,  # pixels below which an organ has no meaningful median
 ) -> dict[str, float]:         # class name -> HU
     "Median HU of every class of the label map that has enough pixels."
     counts = np.bincount(labels.ravel(), minlength=table.n)

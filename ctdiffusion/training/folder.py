@@ -138,7 +138,7 @@ class Log:
         with open(self.path, "a") as f: f.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
         self.say(line)
 
-# %% ../../nbs/31_folder.ipynb #3458eaa7
+# %% ../../nbs/31_folder.ipynb #9de1c9b8
 class Stop:
     "Whether to leave after this step: STOP file, time limit, first Ctrl-C; the second Ctrl-C interrupts at once."
     def __init__(self,
@@ -155,7 +155,7 @@ class Stop:
         return self
 
     def __exit__(self, *error):
-        if self.main: signal.signal(signal.SIGINT, self.before)
+        if self.main: signal.signal(signal.SIGINT, signal.default_int_handler if self.before is None else self.before)
 
     def interrupt(self, *_) -> None:
         if self.reason == "interrupted": raise KeyboardInterrupt
