@@ -44,22 +44,34 @@ def test_size_origin_and_configuration(name):
     assert "papermill nbs/train.ipynb" in run["command"] and run["step"] > 0 and run["seed"] == 0
 
 
-@pytest.mark.parametrize("name", embedded())
-def test_slices_follow_their_mask_without_noise(name, held_out):
+@pytest.fixture(scope="module", params=embedded())
+def model(request): return load(request.param, "cpu")
+
+
+@pytest.fixture(scope="module")
+def synthetic(model, held_out): return unwindow(synthesize_slices(model, held_out[1], case="held-out"))
+
+
+def test_organs_have_their_hu(held_out, synthetic):
     real, masks = held_out
-    synthetic = unwindow(synthesize_slices(load(name, "cpu"), masks, case="held-out"))
     assert not far(organ_medians(real, masks), organ_medians(synthetic, masks))
-    ratio = air_noise(synthetic, masks) / air_noise(real, masks)
-    assert ratio.max() <= 1.5, f"residual noise in slices {np.flatnonzero(ratio > 1.5).tolist()}: {ratio.max():.2f}"
 
 
-@pytest.mark.parametrize("name", embedded())
-def test_another_mask_gives_another_patient(name, held_out):
+def test_no_slice_keeps_noise(held_out, synthetic):
+    "Air of every synthetic slice against the air of real slices, and nowhere more grain than two grey values of 256."
+    real, masks = held_out
+    noise, usual = air_noise(synthetic, masks), np.sqrt(np.nanmean(air_noise(real, masks) ** 2))
+    assert noise.max() <= 1.5 * usual, f"slices {np.flatnonzero(noise > 1.5 * usual).tolist()}: {noise.max():.1f} HU, real {usual:.1f}"
+    assert air_noise(synthetic, masks, margin=2).max() <= 2 * 400 / 255
+
+
+def test_another_mask_gives_another_patient(model, held_out, synthetic):
     "The noise of one patient's slices under the mask of another: organs move to where the new mask has them."
     real, masks = held_out
-    other = np.roll(masks, 16, axis=0)
-    model = load(name, "cpu")
-    before, after = (unwindow(synthesize_slices(model, m, case="held-out")) for m in (masks, other))
-    assert not far(organ_medians(np.roll(real, 16, axis=0), other), organ_medians(after, other))
-    moved = (masks == AMOS.background) & (other != AMOS.background)
-    assert moved.sum() > 1000 and np.median(before[moved]) < -150 and np.median(after[moved]) > -140
+    half = np.arange(0, 32, 2)
+    other, its_ct = np.roll(masks, 16, axis=0)[half], np.roll(real, 16, axis=0)[half]
+    after = unwindow(synthesize_slices(model, other, case="held-out", rows=half))
+    expected, found = organ_medians(its_ct, other), organ_medians(after, other)
+    assert all(abs(found[organ] - expected[organ]) <= 30 for organ in ("background", "body", "liver", "stomach"))
+    appeared = (masks[half] == AMOS.background) & (other != AMOS.background)
+    assert appeared.sum() > 500 and np.median(synthetic[half][appeared]) < -150 and np.median(after[appeared]) > -140

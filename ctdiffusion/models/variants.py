@@ -129,13 +129,13 @@ VARIANTS = {
     "edge": Variant(EdgeGuided, "eq. (8)", model={"paper": dict(encoding="scalar")}),
 }
 
-# %% ../../nbs/29_variants.ipynb #d43a7eba
+# %% ../../nbs/29_variants.ipynb #aef7d193
 PRESETS = {
     "demo": Preset("demo",
         ModelConfig(size=64, channels=16, mult=(1, 1, 3, 4), blocks=1, attention=(8,), groups=8,
             encoder_channels=8, encoder_blocks=1, target="velocity"),
         TrainConfig(lr=1e-3, warmup=100, max_steps=200, ema=0.999, ema_warmup=True, grad_clip=1.0,
-            save_every_minutes=1.0, grid_every=100, milestones=(), sampler="ddim50")),
+            save_every_minutes=1.0, grid_every=100, milestones=(), sampler="120,25,15")),
     "small": Preset("small",
         ModelConfig(size=128, channels=64, mult=(1, 2, 2, 4)),
         TrainConfig(batch=32, lr=2e-4, warmup=200, max_steps=10_000, ema=0.999, ema_warmup=True, grad_clip=1.0,

@@ -94,11 +94,12 @@ def load(
     if (folder / "run.json").exists(): return _trained(folder, device)
     raise CTDiffusionError(source, "no model of that name and no run folder there", f"one of {', '.join(embedded())}, or a folder with run.json", "Correct the name or the path.")
 
-# %% ../../nbs/40_synthesis.ipynb #6dc06daa
+# %% ../../nbs/40_synthesis.ipynb #d37a297e
 def export(
     source: str | Path,        # run folder
     folder: str | Path,        # to write: weights.safetensors and run.json
     command: str = "",         # that made the run, for those who want to repeat it
+    sampler: str | None = None,  # how they are to be sampled, default as in the run
     dtype: torch.dtype = torch.float16,
 ) -> Path:
     "The averaged weights of a run, small enough to travel, with their checksum and origin."
@@ -108,6 +109,7 @@ def export(
     weights = {k: v.to(dtype).contiguous() for k, v in checkpoint["ema"].items()}
     atomic_write(folder / "weights.safetensors", lambda temp: save_file(weights, temp))
     about = dict(step=checkpoint["step"], command=command, dtype=str(dtype).removeprefix("torch."), sha256=sha256_file(folder / "weights.safetensors"))
+    run["train"]["sampler"] = sampler or run["train"]["sampler"]
     atomic_write(folder / "run.json", json.dumps(run | about, indent=1))
     return folder
 
