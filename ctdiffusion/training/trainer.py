@@ -86,7 +86,7 @@ class State:
             self.optimizer.state[p] = dict(step=step(), **{m: c["optim"][m][k].to(self.device) for m in ("exp_avg", "exp_avg_sq")})
         self.step, self.window = c["step"], list(c["optim"]["window"]["losses"].to(self.device))
 
-# %% ../../nbs/33_trainer.ipynb #12305bc7
+# %% ../../nbs/33_trainer.ipynb #1f23e28e
 def span(seconds: float) -> str:
     "12 h 20 min, 3 min 5 s or 8 s."
     s = int(seconds)
@@ -183,7 +183,7 @@ class Trainer(State):
         while self.step < c.max_steps and not leave:
             crash_point("step", self.step)
             self.train_step(); beat()
-            if self.step % c.log_every == 0 or self.step == c.max_steps: self.write_metrics()
+            if self.step % c.log_every == 0: self.write_metrics()
             leave, due = self.orders(stop)
             if due or leave or self.step == c.max_steps: self.save()
             if c.grid_every and self.step % c.grid_every == 0 and self.step < c.max_steps: self.picture()
