@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import papermill as pm
 import pytest
-from ctdiffusion.data.cases import Case, Problem, check_case_id, find_cases, has_error, hold_out, inside, problems_table, read_case, write_problems
+from ctdiffusion.data.cases import Case, check_case_id, find_cases, has_error, hold_out, inside, problems_table, read_case, write_problems
 from ctdiffusion.data.labels import AMOS, ClassTable, CTDiffusionError, LabelClass
 from ctdiffusion.data.phantom import make_dataset, phantom, save_patient
 from ctdiffusion.data.preparation import PrepareConfig, choose, count_slices

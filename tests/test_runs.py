@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from ctdiffusion.data.labels import CTDiffusionError
+from ctdiffusion.data.labels import CTDiffusionError, atomic_write
 from ctdiffusion.training import folder as folder_module
 from ctdiffusion.training.folder import RunLock, Stop, claim_run, config_hash, persistent
-from ctdiffusion.training.runs import (FORMAT, add_metrics, atomic_write, batch_rows, cut_metrics, damage, generator, latest_checkpoint, prune,
+from ctdiffusion.training.runs import (FORMAT, add_metrics, batch_rows, cut_metrics, damage, generator, latest_checkpoint, prune,
     read_checkpoint, read_metrics, write_checkpoint)
 
 silent = lambda line: None

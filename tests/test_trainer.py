@@ -22,7 +22,7 @@ from ctdiffusion.data.store import PrepareConfig
 from ctdiffusion.data.volumes import sha256_file
 from ctdiffusion.models.variants import ModelConfig, TrainConfig
 from ctdiffusion.training import trainer as trainer_module
-from ctdiffusion.training.runs import latest_checkpoint, read_checkpoint, read_metrics, write_checkpoint
+from ctdiffusion.training.runs import latest_checkpoint, read_checkpoint, read_metrics
 from ctdiffusion.training.step import EMA, first_weights, sample_grid, weights_hash
 from ctdiffusion.training.trainer import Result, State, train
 from test_runs import forked, silent

@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 import numpy as np
-from .labels import AMOS, ClassTable, CTDiffusionError
-from .volumes import MAX_VOXELS, Volume, read_image, read_labels, write_atomic
+from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write
+from .volumes import MAX_VOXELS, Volume, read_image, read_labels
 
 # %% ../../nbs/04_cases.ipynb #1a3c2a69
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def write_problems(path: str | Path, problems: Collection[Problem]) -> Path:
     safe = lambda s: "'" + s if s[:1] in ("=", "+", "-", "@", "\t", "\r") else s
     out = io.StringIO(newline="")
     csv.writer(out).writerows([_COLUMNS, *(map(safe, astuple(p)) for p in problems)])
-    return write_atomic(path, out.getvalue().encode())
+    return atomic_write(path, out.getvalue())
 
 # %% ../../nbs/04_cases.ipynb #9a63af2a
 _CASE_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")

@@ -18,9 +18,9 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .cases import Case, Problem, has_error, problems_table, write_problems
-from .labels import AMOS, ClassTable, CTDiffusionError
+from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write
 from .preparation import PrepareConfig, choose, digest, duplicates, prepare_case
-from .volumes import sha256_file, write_atomic
+from .volumes import sha256_file
 
 # %% ../../nbs/06_store.ipynb #fa7fc56f
 class Store:
@@ -159,7 +159,7 @@ def _fill(folder: Path, store: Path, root: Path, config: PrepareConfig, table: C
     for f in (f for e in entries for f in (e["image"], e["label"]) if f): f["path"] = os.path.relpath(f["path"], root)
     m = dict(version=VERSION, config=json.loads(json.dumps(asdict(config))), table=table.to_json(), bytes=_join(folder, entries, config.size), cases=entries)
     write_problems(folder / "problems.csv", problems)
-    write_atomic(folder / "manifest.json", json.dumps(m | dict(hash=content_hash(m), problems=[asdict(p) for p in problems]), indent=1).encode())
+    atomic_write(folder / "manifest.json", json.dumps(m | dict(hash=content_hash(m), problems=[asdict(p) for p in problems]), indent=1))
 
 # %% ../../nbs/06_store.ipynb #312e4bd8
 def _commit(folder: Path, store: Path) -> None:

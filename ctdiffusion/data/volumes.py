@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['MAX_VOXELS', 'RULES', 'DEFLATE_RATIO', 'AIR', 'nifti_bytes', 'looks_like', 'parse_header', 'check_affine', 'Header',
            'check_header', 'Source', 'Volume', 'to_ras', 'from_ras', 'tilt', 'sha256_file', 'read_image', 'read_labels',
-           'write_atomic', 'write_volume']
+           'write_volume']
 
 # %% ../../nbs/02_volumes.ipynb #654315eb
 import gzip, hashlib, os, zlib
@@ -14,7 +14,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from nibabel.orientations import aff2axcodes, apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
-from .labels import AMOS, ClassTable, CTDiffusionError, check_labels
+from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write, check_labels
 
 # %% ../../nbs/02_volumes.ipynb #e82e14cf
 def nifti_bytes(data: np.ndarray, affine: np.ndarray, descrip: str = "", gz: bool = True) -> bytes:
@@ -228,14 +228,6 @@ def read_labels(
     return Volume(ids.astype(np.uint8), v.affine, v.source, v.notes + notes)
 
 # %% ../../nbs/02_volumes.ipynb #5c2fc81d
-def write_atomic(path: str | Path, data: bytes) -> Path:
-    "The whole file or none: temporary file, fsync, rename."
-    path = Path(path)
-    temp = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    with open(temp, "wb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
-    os.replace(temp, path)
-    return path
-
 def write_volume(
     path: str | Path,              # .nii or .nii.gz
     data: np.ndarray,              # (X, Y, Z) in RAS order: HU or ids
@@ -247,4 +239,4 @@ def write_volume(
     back = from_ras(np.asarray(data), source)
     if back.shape != tuple(source.shape): raise CTDiffusionError(path, f"a volume of {back.shape}", f"{tuple(source.shape)} as in {source.path}", "Resample it to the source grid first.")
     info = np.iinfo(dtype)
-    return write_atomic(path, nifti_bytes(np.clip(np.rint(back), info.min, info.max).astype(dtype), source.affine, descrip, str(path).endswith(".gz")))
+    return atomic_write(path, nifti_bytes(np.clip(np.rint(back), info.min, info.max).astype(dtype), source.affine, descrip, str(path).endswith(".gz")))

@@ -17,13 +17,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..data.labels import AMOS, ClassTable, CTDiffusionError, write_ctbl, write_itksnap
+from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write, write_ctbl, write_itksnap
 from ..data.slices import axial, body_mask, resize_images, resize_labels, unaxial, unwindow, with_body
 from ..data.volumes import Volume, read_image, read_labels, sha256_file, write_volume
 from ..diffusion.samplers import sample
 from ..diffusion.schedule import Schedule, make_schedule
 from ..models.variants import ModelConfig, build
-from ..training.runs import atomic_write, generator, latest_checkpoint, read_checkpoint
+from ..training.runs import generator, latest_checkpoint, read_checkpoint
 from ..training.step import load_weights
 
 # %% ../../nbs/40_synthesis.ipynb #c2ceeb41

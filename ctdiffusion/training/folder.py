@@ -16,8 +16,8 @@ import torch
 from filelock import SoftFileLock, Timeout
 from safetensors import SafetensorError
 
-from ..data.labels import CTDiffusionError
-from .runs import FORMAT, atomic_write
+from ..data.labels import CTDiffusionError, atomic_write
+from .runs import FORMAT
 
 # %% ../../nbs/31_folder.ipynb #0d27af8c
 HEARTBEAT = 300  # seconds without a sign of life count as one missed heartbeat

@@ -118,7 +118,8 @@ class TrainJob(Job):
         p = preset(self.variant, self.preset)
         changed = {k: getattr(self, k) for k in ("max_steps", "max_hours", "batch", "lr", "sampler") if getattr(self, k)}
         data = replace(p.data, patients_train=self.patients) if self.patients else p.data
-        return replace(p, train=replace(p.train, **changed), data=data)
+        train = replace(p.train, **changed)
+        return replace(p, train=replace(train, log_every=min(train.log_every, train.max_steps)), data=data)  # a short run has one line, too
 
     def folder(self) -> Path:
         "Where the run lives."

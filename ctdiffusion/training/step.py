@@ -19,13 +19,13 @@ from accelerate.state import PartialState
 from PIL import Image
 from torch import Tensor, nn
 
-from ..data.labels import AMOS, ClassTable, CTDiffusionError, colorize
+from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write, colorize
 from ..data.store import Store
 from ..diffusion.objective import hybrid_loss
 from ..diffusion.samplers import sample
 from ..diffusion.schedule import Schedule, make_schedule, q_sample
 from ..models.variants import ModelConfig, build
-from .runs import atomic_write, batch_rows, ema_weights, generator, latest_checkpoint, read_checkpoint
+from .runs import ema_weights, generator, latest_checkpoint, read_checkpoint
 
 # %% ../../nbs/32_step.ipynb #6623ea0b
 def fetch(

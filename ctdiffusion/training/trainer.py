@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.labels import CTDiffusionError
+from ..data.labels import CTDiffusionError, atomic_write
 from ..data.store import Store
 from ..diffusion.objective import UniformTimesteps
 from ..diffusion.schedule import make_schedule
 from ..models.variants import ModelConfig, TrainConfig
 from .folder import Log, RunLock, Stop, check_space, claim_run, environment, persistent
-from .runs import (add_metrics, atomic_write, batch_rows, crash_point, cut_metrics, generator, latest_checkpoint, prune,
+from .runs import (add_metrics, batch_rows, crash_point, cut_metrics, generator, latest_checkpoint, prune,
     read_checkpoint, write_checkpoint)
-from .step import EMA, Denoiser, fetch, first_weights, held_out, held_out_loss, load_weights, losses_of, sample_grid, where, write_png
+from .step import EMA, Denoiser, fetch, first_weights, held_out, held_out_loss, load_weights, losses_of, where, write_png
 
 # %% ../../nbs/33_trainer.ipynb #c2895478
 class State:
