@@ -108,12 +108,13 @@ def plot_losses(
     curves: Mapping[str, Mapping[str, Sequence[float]]],  # run -> {"step": ..., "loss": ...}
     key: str = "loss",
 ) -> Figure:
-    "Loss against step for one or several runs, with running means, on a logarithmic axis."
+    "Loss against step for one or several runs, with running means; the axis is logarithmic where all is positive."
     fig, ax = plt.subplots(figsize=(6, 2.6), layout="constrained")
     for name, curve in curves.items():
         line, = ax.plot(curve["step"], smooth(curve[key]), label=name)
         ax.plot(curve["step"], curve[key], ".", ms=2, alpha=0.4, color=line.get_color())
-    ax.set(xlabel="step", ylabel=key, yscale="log")
+    positive = all(np.min(curve[key]) > 0 for curve in curves.values())
+    ax.set(xlabel="step", ylabel=key, yscale="log" if positive else "linear")
     ax.legend()
     return fig
 

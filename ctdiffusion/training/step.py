@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fetch', 'Denoiser', 'losses_of', 'where', 'load_weights', 'weights_hash', 'first_weights', 'HeldOut', 'held_out',
-           'held_out_loss', 'EMA', 'sample_grid', 'write_png']
+           'held_out_loss', 'EMA', 'make_slices', 'sample_grid', 'write_png']
 
 # %% ../../nbs/32_step.ipynb #54167d7a
 import hashlib, io, os
@@ -24,8 +24,8 @@ from ..data.store import Store
 from ..diffusion.objective import hybrid_loss
 from ..diffusion.samplers import sample
 from ..diffusion.schedule import Schedule, make_schedule, q_sample
-from ..models.variants import ModelConfig, build
-from .runs import ema_weights, generator, latest_checkpoint, read_checkpoint
+from ..models.variants import VARIANTS, ModelConfig, build
+from .runs import generator, latest_checkpoint, learned_weights, read_checkpoint
 
 # %% ../../nbs/32_step.ipynb #6623ea0b
 def fetch(
@@ -94,16 +94,16 @@ def first_weights(
     model: ModelConfig,
     seed: int,
     init: str | Path | dict[str, Tensor] = "scratch",  # or a checkpoint, a run folder, or weights
-) -> tuple[nn.Module, str]:  # the network, and what run.json says of its origin
+) -> tuple[nn.Module, str]:  # what is trained (a network, or generator and judge), and what run.json says of its origin
     "A network to begin with: random numbers of this seed, or somebody's (averaged) weights."
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(generator(seed, 0, "weights").initial_seed())
-        net = build(model)
+        net = build(model, training=True)
     if isinstance(init, str) and init == "scratch": return net, "scratch"
     if not isinstance(init, dict):
         path = latest_checkpoint(init) if Path(init).is_dir() else Path(init)
         if path is None: raise CTDiffusionError(init, "no checkpoint", "a checkpoint or a run folder", "Correct init.")
-        init = ema_weights(read_checkpoint(path))
+        init = learned_weights(read_checkpoint(path))
     load_weights(net, init, "init")
     return net, f"weights {weights_hash(net.state_dict())}"
 
@@ -154,6 +154,8 @@ class EMA:
     ):
         self.live, self.decay, self.warmup = dict([*net.named_parameters(), *net.named_buffers()]), decay, warmup
         self.weights = {k: v.detach().clone() for k, v in self.live.items()}
+        pairs = [(self.weights[k], v) for k, v in self.live.items()]
+        self.real, self.counts = ([pair for pair in pairs if pair[0].is_floating_point() is kind] for kind in (True, False))
 
     def decay_at(self, step: int) -> float:
         "min(decay, (1 + n)/(10 + n)): short memory first, where the weights still run away from their random start."
@@ -161,8 +163,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        "One step of averaging, all tensors at once."
-        torch._foreach_lerp_(list(self.weights.values()), list(self.live.values()), 1 - self.decay_at(step))
+        "One step of averaging, all tensors at once; what only counts is copied."
+        if self.real: torch._foreach_lerp_([w for w, _ in self.real], [v for _, v in self.real], 1 - self.decay_at(step))
+        for w, v in self.counts: w.copy_(v)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -173,6 +176,21 @@ class EMA:
         try: yield
         finally: swap()
 
+# %% ../../nbs/32_step.ipynb #6029b05d
+def make_slices(
+    net: nn.Module,
+    model: ModelConfig,
+    cond: object,                       # what `net.encode` made of the masks
+    noise: Callable[[int], Tensor],     # step -> (B, 1, H, W) standard normal
+    sampler: str = "ddim50",            # of a diffusion model; a generator has none
+    callback: Callable[[dict], None] | None = None,  # sees every step of a diffusion model
+) -> Tensor:                            # x0 (B, 1, H, W) in [-1, 1]
+    "Slices for encoded masks: the reverse process of eq. (5), or one pass of a generator."
+    schedule = make_schedule(model.schedule, model.T)
+    if VARIANTS[model.variant].family == "diffusion": return sample(net, cond, noise, schedule, sampler, model.target, callback)
+    draws = -(-net.noise_size // model.size ** 2)
+    return net(cond, torch.cat([noise(k).flatten(1) for k in range(draws)], 1)[:, :net.noise_size] if draws else None)
+
 # %% ../../nbs/32_step.ipynb #ddce12ba
 def sample_grid(
     model: ModelConfig,
@@ -182,13 +200,13 @@ def sample_grid(
     table: ClassTable = AMOS,   # colours
 ) -> Callable[[nn.Module], np.ndarray]:  # net -> uint8 (2H, N W, 3)
     "Draws the same masks with the same noise each time it is called: masks above, samples below."
-    schedule, ids = make_schedule(model.schedule, model.T), torch.as_tensor(np.array(masks))
+    ids = torch.as_tensor(np.array(masks))
     shape = (len(ids), 1, model.size, model.size)
     @torch.no_grad()
     def draw(net: nn.Module) -> np.ndarray:
         device = next(net.parameters()).device
         noise = lambda k: torch.randn(shape, generator=generator(seed, k, "grid")).to(device)
-        x = sample(net, net.encode(ids.to(device)), noise, schedule, sampler, model.target)
+        x = make_slices(net, model, net.encode(ids.to(device)), noise, sampler)
         grey = ((x[:, 0] + 1) * 127.5).round().byte().cpu().numpy()
         rows = [colorize(ids.numpy(), table), np.repeat(grey[..., None], 3, -1)]
         return np.concatenate([np.concatenate(list(r), 1) for r in rows], 0)
