@@ -11,7 +11,7 @@ from torch import nn
 from ctdiffusion.data.labels import CTDiffusionError
 from ctdiffusion.models.conditioning import Conditional, EdgeGuided, MaskEncoder, MaskGuided, one_hot_map, scalar_map
 from ctdiffusion.models.unet import Attention, GroupNorm, ResBlock, UNet, n_params, timestep_embedding
-from ctdiffusion.models.variants import PRESETS, VARIANTS, ModelConfig, Preset, TrainConfig, Variant, build, cost, preset
+from ctdiffusion.models.variants import SIZES, VARIANTS, ModelConfig, Preset, TrainConfig, Variant, build, cost, preset
 
 DESIGNS = [Conditional, MaskGuided, EdgeGuided]
 SMALL = dict(size=16, channels=8, mult=(1, 2, 2), blocks=1, attention=(8,), groups=4)
@@ -213,7 +213,7 @@ def test_the_edge_encoder_sees_edges_only():
 
 # --- variants and presets ----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("name", PRESETS)
+@pytest.mark.parametrize("name", SIZES)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_presets_survive_json(variant, name):
     p = preset(variant, name)

@@ -1,6 +1,9 @@
 "SDM: parameter counts, the reference layer by hand, kept against recomputed maps, label drop and guidance."
+import json
+from dataclasses import replace
 from itertools import repeat
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,6 +16,11 @@ from ctdiffusion.diffusion.schedule import make_schedule
 from ctdiffusion.models.conditioning import one_hot_map
 from ctdiffusion.models.sdm import NOTHING, SDM, AdmBlock, Guided, Modulation, SpadeGroupNorm, drop_labels, guide, keep_labels
 from ctdiffusion.models.unet import Attention, GroupNorm, n_params
+from ctdiffusion.models.variants import TrainConfig, preset
+from ctdiffusion.synthesis.synthesis import load, synthesize_slices
+from ctdiffusion.training.runs import latest_checkpoint, read_checkpoint
+from ctdiffusion.training.trainer import train
+from test_trainer import STORE
 
 SMALL = dict(size=16, channels=8, mult=(1, 2, 2), blocks=1, attention=(8,), hidden=8, groups=4)
 DEMO = dict(size=64, channels=16, mult=(1, 1, 2, 3), blocks=1, attention=(8,), hidden=16, groups=8)
@@ -248,3 +256,25 @@ def test_guided_sampling(target, sampler):
         with torch.no_grad(): return sample(model, model.encode(mask), lambda k: torch.randn(2, 1, 16, 16, generator=g), schedule, sampler, target)
     assert torch.equal(draw(Guided(net, 1.)), draw(net))
     assert torch.equal(draw(Guided(net, 3.)), draw(Guided(net, 3.))) and not torch.equal(draw(Guided(net, 3.)), draw(net))
+
+
+def test_official_recipe_drops_masks_and_guides(tmp_path):
+    "`label_drop` empties masks in training, `guidance` of the run's recipe is applied by `load`."
+    model = replace(preset("sdm", "demo").model, size=16, channels=8, mult=(1, 2), groups=4, attention=(8,), hidden=4, head_channels=8)
+    config = TrainConfig(batch=4, lr=1e-3, max_steps=3, ema=0.5, milestones=(), sampler="ddim5", label_drop=0.5, guidance=3.0)
+    run = train(model, config, STORE, tmp_path / "run", say=None, val_every=0, device="cpu").run_dir
+    guided, masks = load(run, "cpu"), STORE.labels[30:32]
+    assert isinstance(guided.net, Guided) and guided.net.scale == 3
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | dict(train=about["train"] | dict(guidance=1.0))))
+    plain = load(run, "cpu")
+    assert isinstance(plain.net, SDM) and not np.array_equal(synthesize_slices(guided, masks), synthesize_slices(plain, masks))
+    whole = train(model, replace(config, label_drop=0.0), STORE, tmp_path / "whole", say=None, val_every=0, device="cpu").run_dir
+    first, other = (read_checkpoint(latest_checkpoint(r, lambda line: None))["model"] for r in (run, whole))
+    assert any(not torch.equal(first[k], other[k]) for k in first)
+
+
+def test_official_preset_is_for_sdm_only():
+    train_config = preset("sdm", "sdm-official").train
+    assert (train_config.lr, train_config.label_drop, train_config.guidance) == (2e-5, 0.2, 1.5)
+    with pytest.raises(CTDiffusionError, match="the one method"): preset("mask", "sdm-official")

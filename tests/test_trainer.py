@@ -21,10 +21,12 @@ from ctdiffusion.data.labels import AMOS, CTDiffusionError
 from ctdiffusion.data.store import PrepareConfig
 from ctdiffusion.data.volumes import sha256_file
 from ctdiffusion.models.variants import ModelConfig, TrainConfig
-from ctdiffusion.training import trainer as trainer_module
+from ctdiffusion.training import state as state_module
+from ctdiffusion.training.folder import RunLock
 from ctdiffusion.training.runs import latest_checkpoint, read_checkpoint, read_metrics
+from ctdiffusion.training.state import Denoising
 from ctdiffusion.training.step import EMA, first_weights, sample_grid, weights_hash
-from ctdiffusion.training.trainer import Result, State, train
+from ctdiffusion.training.trainer import Result, train
 from test_runs import forked, silent
 
 MODEL = ModelConfig("mask", size=16, channels=4, mult=(1, 2), blocks=1, attention=(8,), groups=4, encoder_blocks=1, target="velocity", dropout=0.1)
@@ -201,7 +203,7 @@ def test_finished_run_returns_at_once_and_goes_on_if_asked_for_more(whole, there
 
 
 def test_second_job_is_refused(there):
-    with trainer_module.RunLock(there):
+    with RunLock(there):
         with pytest.raises(CTDiffusionError, match="in use by"): run(there)
     assert not (there / "run.json").exists()
 
@@ -237,11 +239,11 @@ def test_no_room_is_said_before_the_first_step(there, monkeypatch):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_loss_that_is_not_finite(there, monkeypatch, bad):
     "Named by step, slices and cases, with the last good checkpoint; nothing of it is written."
-    real, calls = trainer_module.losses_of, []
+    real, calls = state_module.losses_of, []
     def poisoned(*args):
         calls.append(1)
         return real(*args) * (bad if len(calls) == 12 else 1)
-    monkeypatch.setattr(trainer_module, "losses_of", poisoned)
+    monkeypatch.setattr(state_module, "losses_of", poisoned)
     with pytest.raises(CTDiffusionError, match=r"loss that is not finite in step 12, slices \[.*case_.*step_00000010") as error: run(there, save_every=5, val_every=0)
     assert "not finite" in str(error.value)
     good = read_checkpoint(latest_checkpoint(there, silent))
@@ -251,11 +253,11 @@ def test_loss_that_is_not_finite(there, monkeypatch, bad):
 
 def test_weight_that_is_not_finite(there, monkeypatch):
     "An infinite update with a finite loss, in the very step that is saved."
-    real = State.train_step
+    real = Denoising.train_step
     def broken(self):
         real(self)
         if self.step == 10: next(self.net.parameters()).data[0] = float("inf")
-    monkeypatch.setattr(State, "train_step", broken)
+    monkeypatch.setattr(Denoising, "train_step", broken)
     with pytest.raises(CTDiffusionError, match="a weight that is not finite in step 10"): run(there, save_every=5)
     assert read_checkpoint(latest_checkpoint(there, silent))["step"] == 5
 
@@ -298,10 +300,10 @@ def test_first_loss_is_the_variance_of_the_target(there):
 
 def test_no_number_is_read_from_the_device_in_a_step(monkeypatch):
     "A step never waits for the device."
-    state = State(MODEL, CONFIG, STORE, device="cpu")
+    state = Denoising(MODEL, CONFIG, STORE, device="cpu")
     state.train_step()
     for name in ("item", "tolist", "cpu", "__bool__", "__float__"): monkeypatch.setattr(torch.Tensor, name, lambda *a, name=name: pytest.fail(f"Tensor.{name} in a training step"))
-    state.draw(1); state.train_step()
+    state.train_step()
 
 
 def test_run_folder_is_complete(whole):
@@ -322,7 +324,7 @@ def test_run_folder_is_complete(whole):
 def torchrun(where: Path, program: str, timeout: int) -> subprocess.CompletedProcess:
     "Two processes of `program` by torchrun."
     script = where.with_suffix(".py")
-    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_trainer import CONFIG, State, replace, run\n{program}")
+    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_trainer import CONFIG, Denoising, replace, run\n{program}")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, where]
     return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=timeout, capture_output=True, text=True)
 
@@ -345,7 +347,7 @@ assert run(sys.argv[1], config, grid=None, val_every=4).done
 
 def test_dead_process_takes_the_others_along(there):
     "One of two raises in step 3: the command ends with an error, soon, and does not hang."
-    program = "real = State.train_step\ndef broken(self):\n    if self.rank == 1 and self.step == 3: raise MemoryError('killed')\n    real(self)\nState.train_step = broken\nrun(sys.argv[1], save_every=2)"
+    program = "real = Denoising.train_step\ndef broken(self):\n    if self.rank == 1 and self.step == 3: raise MemoryError('killed')\n    real(self)\nDenoising.train_step = broken\nrun(sys.argv[1], save_every=2)"
     done = torchrun(there, program, timeout=90)
     assert done.returncode != 0 and "MemoryError" in done.stderr
     assert read_checkpoint(latest_checkpoint(there, silent))["step"] == 2

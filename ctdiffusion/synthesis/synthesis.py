@@ -21,6 +21,7 @@ from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write, writ
 from ..data.slices import axial, body_mask, resize_images, resize_labels, unaxial, unwindow, with_body
 from ..data.volumes import Volume, read_image, read_labels, sha256_file, write_volume
 from ..diffusion.schedule import Schedule, make_schedule
+from ..models.sdm import Guided
 from ..models.variants import ModelConfig, build
 from ..training.runs import generator, latest_checkpoint, learned_weights, read_checkpoint
 from ..training.step import load_weights, make_slices
@@ -57,7 +58,8 @@ def describe(
     net = build(config).requires_grad_(False).eval()
     mine = {k.removeprefix("net."): v for k, v in weights.items() if not k.startswith("judge.")}  # a judge is for training
     load_weights(net, mine, path)
-    net = net.to(device, memory_format=torch.channels_last)
+    net, scale = net.to(device, memory_format=torch.channels_last), run["train"].get("guidance", 1.0)
+    if scale != 1: net = Guided(net, scale)  # SDM, where its run says so
     return Model(net, config, ClassTable.from_json(data["table"]), data["level"], data["width"], run["train"]["sampler"], path.name, sha256)
 
 # %% ../../nbs/40_synthesis.ipynb #bc31a4b9

@@ -59,7 +59,7 @@ class RunLock:
             "a run folder of its own for each job", f"Wait, stop that job (make a file STOP there), or choose another run_dir. If it is dead, pass steal_lock=True once it was silent for {2 * HEARTBEAT} s.")
 
 # %% ../../nbs/31_folder.ipynb #a0c635da
-FREE = ("max_steps", "max_hours", "save_every_minutes", "log_every", "grid_every", "milestones", "sampler")  # may change when a run goes on
+FREE = ("max_steps", "max_hours", "save_every_minutes", "log_every", "grid_every", "milestones", "sampler", "guidance")  # may change when a run goes on
 
 def flat(d: dict, prefix: str = "") -> dict:
     "Nested keys joined by dots."

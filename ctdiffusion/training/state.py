@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATES', 'State', 'Denoising', 'Contest', 'begin']
 
-# %% ../../nbs/33_state.ipynb #03b3b13a
+# %% ../../nbs/33_state.ipynb #661d0c95
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ from ..diffusion.objective import UniformTimesteps
 from ..diffusion.schedule import make_schedule
 from ..models.oasis import refresh_batchnorm
 from ..models.pix2pix import Adversarial
+from ..models.sdm import drop_labels, keep_labels
 from ..models.variants import VARIANTS, ModelConfig, TrainConfig
 from .runs import batch_rows, generator
 from .step import EMA, Denoiser, fetch, first_weights, held_out, held_out_loss, load_weights, losses_of, where
@@ -107,7 +108,7 @@ class State:
                 optimizer.state[p] = dict(step=torch.tensor(float(c["step"]), device=self.device), exp_avg=first[names[p]].to(self.device), exp_avg_sq=second[names[p]].to(self.device))
         self.step, self.window = c["step"], list(c["optim"]["window"]["losses"].to(self.device))
 
-# %% ../../nbs/33_state.ipynb #57c082cb
+# %% ../../nbs/33_state.ipynb #ae88ffc3
 class Denoising(State):
     "Diffusion: the hybrid loss of one batch, its gradient, Adam, the average."
     terms = ("loss", "mse", "vb")
@@ -121,6 +122,7 @@ class Denoising(State):
     def train_step(self) -> None:
         (x0, mask), eps = self.slices(), self.gaussian(self.config.batch // self.world, 1, self.model.size, self.model.size)
         t, _ = UniformTimesteps(self.schedule.T).sample(len(x0), generator(self.seed, self.step, "timesteps", self.rank))
+        if self.config.label_drop: mask = drop_labels(mask, keep_labels(len(mask), generator(self.seed, self.step, "label drop", self.rank), self.config.label_drop))
         if self.model.dropout: torch.manual_seed(generator(self.seed, self.step, "dropout", self.rank).initial_seed())
         losses = losses_of(self.denoise, x0, mask, t.to(self.device), eps, self.schedule, self.model.target, self.config.vlb).mean(0)
         losses[0].backward()

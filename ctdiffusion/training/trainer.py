@@ -127,8 +127,8 @@ class Trainer:
             if self.step == c.max_steps or self.step in c.milestones: self.state.settle()
             if self.step % c.log_every == 0: self.write_metrics()
             leave, due = self.orders(stop)
-            if due or leave or self.step == c.max_steps: self.save()
             if c.grid_every and self.step % c.grid_every == 0 and self.step < c.max_steps: self.picture()
+            if due or leave or self.step == c.max_steps: self.save()  # last: what a step leaves is there when the run goes on from it
         return "done" if self.step >= c.max_steps else stop.reason or "stopped"
 
 # %% ../../nbs/34_trainer.ipynb #199c3569
