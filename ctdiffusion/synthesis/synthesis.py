@@ -79,8 +79,7 @@ def exported(
     "Weights with the description that knows their checksum."
     folder = weights_folder() / str(source) if str(source) in embedded() else Path(source)
     run, path = json.loads((folder / "run.json").read_text()), folder / "weights.safetensors"
-    if (sha := sha256_file(path)) != run["sha256"]:
-        raise CTDiffusionError(path, f"sha256 {sha[:12]}...", f"{run['sha256'][:12]}... as in run.json", "The file is damaged or was replaced: install or copy it again.")
+    if (sha := sha256_file(path)) != run["sha256"]: raise CTDiffusionError(path, f"sha256 {sha[:12]}...", f"{run['sha256'][:12]}... as in run.json", "The file is damaged or was replaced: install or copy it again.")
     return run, {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
 
 def _trained(folder: Path, device: str) -> Model:

@@ -148,8 +148,7 @@ def held_out_loss(
 class EMA:
     "Averaged weights beside the trained ones, never inside them: ema <- d ema + (1 - d) weights."
     def __init__(self,
-        net: nn.Module,
-        decay: float,
+        net: nn.Module, decay: float,
         warmup: bool = False,  # a memory that grows with the run (A12)
     ):
         self.live, self.decay, self.warmup = dict([*net.named_parameters(), *net.named_buffers()]), decay, warmup
