@@ -8,7 +8,6 @@ __all__ = ['STATES', 'State', 'Denoising', 'Contest', 'begin']
 # %% ../../nbs/33_state.ipynb #661d0c95
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
