@@ -16,7 +16,7 @@ from ctdiffusion.training.state import Contest
 from ctdiffusion.training.step import sample_grid
 from ctdiffusion.training.trainer import train
 from test_runs import forked, silent
-from test_trainer import Slices, torchrun
+from test_trainer import Slices, one_thread, torchrun  # one_thread: equal bytes need it here, too
 
 STORE = Slices()  # twice as large: a judge of patches needs some
 STORE.labels, STORE.images = (np.kron(a, np.ones((1, 2, 2), np.uint8)) for a in (STORE.labels, STORE.images))
