@@ -155,14 +155,16 @@ def test_losses_are_the_terms_of_the_paper():
     torch.testing.assert_close(judged["fake"], sum((1 + f[-1]).clamp(min=0).mean() for f in fake) / 2, **close)
 
 
-@pytest.mark.parametrize("who, other", [("net", "judge"), ("judge", "net")])
+@pytest.mark.parametrize("who", ["net", "judge"])
 @pytest.mark.parametrize("with_vgg", [False, True])
-def test_gradient_reaches_every_parameter_of_the_mover(who, other, with_vgg):
+def test_gradient_reaches_every_parameter_of_the_mover(who, with_vgg):
     method, (mask, x0) = SPADE(**TINY), cards()
     if with_vgg: method.vgg = VGG19(vgg_weights())
-    sum(method.losses(who, mask, x0).values()).backward(inputs=list(getattr(method, who).parameters()))
-    assert [n for n, p in getattr(method, who).named_parameters() if p.grad is None or not p.grad.any()] == []
-    assert all(p.grad is None for p in getattr(method, other).parameters())
+    names, params = zip(*getattr(method, who).named_parameters())
+    # term by term: at the start real and fake pull a last bias with equal force, and the sum of both is nothing
+    grads = [torch.autograd.grad(term, params, retain_graph=True, allow_unused=True) for term in method.losses(who, mask, x0).values()]
+    assert [n for n, *g in zip(names, *grads) if not any(x is not None and x.any() for x in g)] == []
+    assert all(p.grad is None for p in method.parameters())
 
 
 # --- the recipe ----------------------------------------------------------------------------------------------------
