@@ -28,8 +28,8 @@ def awake(net):
     return net
 
 
-def inputs(n=3, size=16):
-    return torch.randn(n, 1, size, size), torch.randint(1000, (n,)), torch.randint(17, (n, size, size), dtype=torch.uint8)
+def inputs(n=3, size=16, dtype=torch.uint8):
+    return torch.randn(n, 1, size, size), torch.randint(1000, (n,)), torch.randint(17, (n, size, size), dtype=dtype)
 
 
 # --- reference numbers -------------------------------------------------------------------------------------------

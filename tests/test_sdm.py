@@ -20,6 +20,7 @@ from ctdiffusion.models.variants import TrainConfig, preset
 from ctdiffusion.synthesis.synthesis import load, synthesize_slices
 from ctdiffusion.training.runs import latest_checkpoint, read_checkpoint
 from ctdiffusion.training.trainer import train
+from test_models import awake, inputs
 from test_trainer import STORE
 
 SMALL = dict(size=16, channels=8, mult=(1, 2, 2), blocks=1, attention=(8,), hidden=8, groups=4)
@@ -28,17 +29,6 @@ DEMO = dict(size=64, channels=16, mult=(1, 1, 2, 3), blocks=1, attention=(8,), h
 
 @pytest.fixture(autouse=True)
 def seed(): torch.manual_seed(0)
-
-
-def awake(net):
-    "Fill what starts at zero, so that every path carries a signal."
-    for p in net.parameters():
-        if not p.any(): nn.init.normal_(p, std=.1)
-    return net
-
-
-def inputs(n=3, size=16, dtype=torch.uint8):
-    return torch.randn(n, 1, size, size), torch.randint(1000, (n,)), torch.randint(17, (n, size, size), dtype=dtype)
 
 
 # --- counts and shapes ---------------------------------------------------------------------------------------------
