@@ -1,5 +1,5 @@
 """Generator and judge in the trainer: killed and resumed, several processes, and what is saved of them."""
-import json
+import functools, json
 from dataclasses import replace
 
 import numpy as np
@@ -120,6 +120,16 @@ for _ in range(3): state.train_step()
 mine, other = [weights_hash({k: v for k, v in state.whole.state_dict().items()})], [None, None]
 torch.distributed.all_gather_object(other, mine[0])
 assert state.world == 2 and other[0] == other[1], other
+torch.distributed.barrier(); torch.distributed.destroy_process_group()  # who leaves first must not abort the other
 """
     done = torchrun(tmp_path / "two", program, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_a_loss_term_does_not_come_or_go_when_a_run_goes_on(tmp_path, monkeypatch):
+    "What a method notes of itself (SPADE: with or without VGG) belongs to the run's identity."
+    run(tmp_path, "spade", max_steps=2)
+    real = VARIANTS["spade"].contest.__init__
+    def noted(self, *args, **kwargs): real(self, *args, **kwargs); self.notes["vgg"] = "another"
+    monkeypatch.setattr(VARIANTS["spade"].contest, "__init__", functools.wraps(real)(noted))
+    with pytest.raises(CTDiffusionError, match="notes.vgg='off, as asked' .now 'another'"): run(tmp_path, "spade", max_steps=4)

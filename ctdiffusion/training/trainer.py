@@ -46,8 +46,8 @@ class Trainer:
         "run.json, and room for what will be saved."
         s, c = self.state, self.config
         data = dict(hash=s.store.hash, table=s.store.table.to_json(), level=s.store.config.level, width=s.store.config.width)
-        identity = dict(variant=s.model.variant, seed=s.seed, init=s.origin, model=s.model.to_dict(), train=c.to_dict(), data=data)
-        about = dict(batch=c.batch, world=self.world, device=str(s.device), rows=len(s.rows), environment=environment(), notes=getattr(s.whole, "notes", {}))
+        identity = dict(variant=s.model.variant, seed=s.seed, init=s.origin, model=s.model.to_dict(), train=c.to_dict(), data=data, notes=getattr(s.whole, "notes", {}))
+        about = dict(batch=c.batch, world=self.world, device=str(s.device), rows=len(s.rows), environment=environment())
         if self.rank == 0:
             check_space(self.run_dir, 3 * sum(p.nbytes for p in s.whole.parameters()) + sum(v.nbytes for v in s.ema.weights.values()), 3 + sum(m <= c.max_steps for m in c.milestones))
             claim_run(self.run_dir, identity, about)
