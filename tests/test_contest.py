@@ -74,6 +74,19 @@ def test_checkpoint_knows_both_players(variant, whole):
     assert same is (variant != "oasis")  # only OASIS averages
 
 
+def test_what_is_saved_of_an_average_has_statistics_of_its_own(tmp_path):
+    "In the middle of a run, too: batch statistics that were measured with the averaged weights, not averaged or copied."
+    run(tmp_path, "oasis", max_steps=9, save_every=5)
+    path = tmp_path / "checkpoints/step_00000005.safetensors"
+    saved, state = read_checkpoint(path), Contest(small("oasis"), config("oasis"), STORE, device="cpu")
+    state.restore(saved, path)
+    state.settled = None; state.settle()
+    names = [k for k in saved["ema"] if "running_var" in k]
+    for k in names: torch.testing.assert_close(saved["ema"][k], state.ema.weights[k], rtol=1e-2, atol=1e-4)
+    trained = [not torch.allclose(saved["ema"][k], saved["model"][f"net.{k}"], rtol=1e-2, atol=1e-4) for k in names]
+    assert sum(trained) > len(names) / 2
+
+
 def test_metrics_name_every_term(variant, whole):
     m = read_metrics(whole)
     assert list(m["step"]) == [5, 10] and {"loss", "judge real", "judge fake", "lr", "val_loss"} <= set(m)

@@ -270,10 +270,10 @@ def test_offline_the_term_is_off_with_one_loud_line():
     def unreachable(): raise ConnectionError("no network")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        vgg, note = load_vgg("download", unreachable)
+        vgg, note = load_vgg("download", "OASIS", unreachable)
     assert vgg is None and note == "off: no weights (ConnectionError)"
     (line,) = (str(w.message) for w in caught)
-    assert "\n" not in line and "WITHOUT ITS VGG TERM" in line and VGG_URL in line and "vgg='off'" in line
+    assert "\n" not in line and "OASIS TRAINS WITHOUT ITS VGG TERM" in line and VGG_URL in line and "vgg='off'" in line
 
 
 def test_a_critic_keeps_what_it_saw():

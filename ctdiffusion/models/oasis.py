@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..data.labels import CTDiffusionError
 from .conditioning import one_hot_map
-from .pix2pix import Adversarial
+from .pix2pix import Adversarial, Generator
 from .spade import SPADEBlock, load_vgg, perceptual, spectral, xavier
 from .unet import conv3
 
@@ -68,7 +68,7 @@ def class_weights(
     classes: int = 17,  # number of ids, background included
 ) -> Tensor:            # (B,H,W): B H W / (classes present * pixels of the pixel's class)
     "What a pixel weighs, so that every class present in the batch weighs the same."
-    count = torch.bincount(mask.flatten().long(), minlength=classes)
+    count = one_hot_map(mask, classes).sum((0, 2, 3))  # bincount would make a GPU wait
     return (mask.numel() / ((count > 0).sum() * count))[mask.long()]
 
 # %% ../../nbs/25_oasis.ipynb #2c8c21f1
@@ -114,7 +114,7 @@ def labelmix_loss(
     return F.mse_loss(mixed.float(), blend(M, real.float(), fake.float()))
 
 # %% ../../nbs/25_oasis.ipynb #35a004f2
-class OASISGenerator(nn.Module):
+class OASISGenerator(Generator):
     "SPADE's generator with a noise vector beside the mask at every pixel, and one block less."
     def __init__(
         self,
@@ -133,10 +133,6 @@ class OASISGenerator(nn.Module):
         self.first = xavier(conv3(told, w[0]))
         self.blocks = nn.ModuleList(SPADEBlock(i, o, told, hidden) for i, o in zip([w[0], *w], w))
         self.last = xavier(conv3(w[-1], out_channels))
-
-    def encode(self, mask: Tensor) -> Tensor:
-        "One channel per class."
-        return one_hot_map(mask, self.classes)
 
     def forward(
         self,
@@ -173,7 +169,7 @@ class OASIS(Adversarial):
         if size % 2 ** judge_halvings: raise CTDiffusionError("size", str(size), f"a multiple of {2 ** judge_halvings}", "Choose another size, or a smaller judge_halvings.")
         super().__init__(OASISGenerator(size, classes, channels, doublings, hidden, noise_size), OASISDiscriminator(classes, judge_channels, judge_halvings))
         self.labelmix, self.perception = labelmix, perception
-        self.vgg, self.notes["vgg"] = load_vgg(vgg)
+        self.vgg, self.notes["vgg"] = load_vgg(vgg, "OASIS")
         with torch.no_grad():
             for p in self.parameters(): p.mul_(gain / .02)
 

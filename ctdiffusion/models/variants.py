@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['VARIANTS', 'PRESETS', 'SIZES', 'one_of', 'Config', 'ModelConfig', 'TrainConfig', 'DataConfig', 'Preset', 'Variant',
-           'preset', 'build', 'macs', 'cost', 'variants']
+           'preset', 'build', 'kept', 'memory', 'macs', 'cost', 'variants']
 
 # %% ../../nbs/29_variants.ipynb #9b77087f
 import inspect
@@ -199,6 +199,31 @@ def build(
     wanted = inspect.signature(network).parameters
     return network(**{k: x for k, x in config.to_dict().items() if k in wanted and x is not None})
 
+# %% ../../nbs/29_variants.ipynb #753ba465
+def kept(
+    forward: Callable[[], object],
+    net: nn.Module,  # its own weights are there anyway, and are not counted
+) -> int:
+    "Bytes that a forward pass keeps for its backward pass."
+    own, seen = {x.untyped_storage()._cdata for x in (*net.parameters(), *net.buffers())}, {}
+    def pack(x):
+        seen[x.untyped_storage()._cdata] = x
+        return x
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x): forward()
+    return sum(x.untyped_storage().nbytes() for storage, x in seen.items() if storage not in own)
+
+def memory(config: ModelConfig) -> dict:
+    "Parameters of the judge; GB that a training holds all the time, and GB that each slice of a batch adds, in float32."
+    with torch.device("meta"):
+        whole, s = build(replace(config, vgg="off"), training=True), config.size
+        mask, x0, peak = torch.zeros(1, s, s, dtype=torch.long), torch.zeros(1, 1, s, s), 0
+        if not isinstance(whole, Adversarial): peak = kept(lambda: whole(x0, torch.zeros(1), whole.encode(mask)), whole)
+        for who in getattr(whole, "order", ()):  # the moves of a GAN come one after the other
+            for player in ("net", "judge"): getattr(whole, player).requires_grad_(player == who)
+            peak = max(peak, kept(lambda: whole.losses(who, mask, x0, torch.zeros(1, whole.net.noise_size), torch.Generator()), whole))
+    judge = n_params(getattr(whole, "judge", nn.Module()))
+    return dict(judge=judge, gb_state=4 * (5 * n_params(whole) - judge) / 1e9, gb_slice=peak / 1e9)
+
 # %% ../../nbs/29_variants.ipynb #5046a68a
 def macs(f: Callable, *args) -> tuple[float, object]:
     "Billions of multiply-adds of `f(*args)`, and its result."
@@ -206,17 +231,16 @@ def macs(f: Callable, *args) -> tuple[float, object]:
     return counter.get_total_flops() / 2e9, out
 
 def cost(config: ModelConfig) -> dict:
-    "Parameters (a judge's apart) and multiply-adds of one slice; counted on the meta device, so nothing is computed."
+    "Parameters (a judge's apart), multiply-adds of one slice and memory of a training; counted on the meta device, so nothing is computed."
     with torch.device("meta"), torch.no_grad():
         net, s = build(config), config.size
         once, cond = macs(net.encode, torch.zeros(1, s, s, dtype=torch.long))
         diffusion = VARIANTS[config.variant].family == "diffusion"
         step, _ = macs(net, torch.zeros(1, 1, s, s), torch.zeros(1), cond) if diffusion else macs(net, cond, torch.zeros(1, net.noise_size))
-        judge = n_params(build(replace(config, vgg="off"), training=True)) - n_params(net)
-    return dict(params=n_params(net), judge=judge, mb_fp16=n_params(net) * 2 / 1e6, gmac_mask=once, gmac_step=step)
+    return dict(params=n_params(net), mb_fp16=n_params(net) * 2 / 1e6, gmac_mask=once, gmac_step=step) | memory(config)
 
 # %% ../../nbs/29_variants.ipynb #787bd4c1
 def variants() -> list[dict]:
-    "One row per variant and preset: parameters, fp16 megabytes, GMAC once per mask and per step."
+    "One row per variant and preset: parameters, fp16 megabytes, GMAC once per mask and per step, GB of a training."
     pairs = ((v, p) for p in SIZES for v in VARIANTS)
     return [dict(variant=v, preset=p, **cost(preset(v, p).model)) for v, p in pairs]

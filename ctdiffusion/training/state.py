@@ -37,7 +37,7 @@ class State:
         self.net = self.whole.net if isinstance(self.whole, Adversarial) else self.whole
         # weights that were trained before are no random start to run away from
         self.ema = EMA(self.net, config.ema, config.ema_warmup and self.origin == "scratch")
-        self.schedule, self.rows, self.step, self.window = make_schedule(model.schedule, model.T), store.rows("train"), 0, []
+        self.schedule, self.rows, self.step, self.settled, self.window = make_schedule(model.schedule, model.T), store.rows("train"), 0, None, []
         self.optimizers = self.adams()
         self.rates = {who: o.param_groups[0]["lr"] for who, o in self.optimizers.items()}
 
@@ -81,7 +81,7 @@ class State:
         self.window.append(losses.detach()); self.step += 1
 
     def settle(self) -> None:
-        "What the averaged network needs before its weights are used: nothing, unless it has statistics of its own."
+        "What the averaged network needs before it is looked at or saved: nothing, unless it has statistics of its own."
 
     def losses(self) -> Tensor:  # (n, number of terms)
         "The losses since the last line of metrics.csv, all processes' mean."
@@ -105,7 +105,7 @@ class State:
         for optimizer in self.optimizers.values():
             for p in (p for g in optimizer.param_groups for p in g["params"] if names[p] in first):
                 optimizer.state[p] = dict(step=torch.tensor(float(c["step"]), device=self.device), exp_avg=first[names[p]].to(self.device), exp_avg_sq=second[names[p]].to(self.device))
-        self.step, self.window = c["step"], list(c["optim"]["window"]["losses"].to(self.device))
+        self.step, self.settled, self.window = c["step"], c["step"], list(c["optim"]["window"]["losses"].to(self.device))
 
 # %% ../../nbs/33_state.ipynb #ae88ffc3
 class Denoising(State):
@@ -168,17 +168,18 @@ class Contest(State):
     def held_out(self) -> float:
         x0, mask = fetch(self.store, self.watch.rows, self.device)
         noise = torch.randn(len(x0), self.net.noise_size, generator=generator(0, 0, "held-out noise")).to(self.device)
-        self.net.eval()
+        self.settle(); self.net.eval()
         with self.ema.applied(): x = torch.cat([self.net(self.net.encode(m), z) for m, z in zip(mask.split(16), noise.split(16))])
         self.net.train()
         return (x - x0).abs().mean().item()
 
     def settle(self) -> None:
-        if not self.config.ema: return
+        if not self.config.ema or self.settled == self.step: return
         rows = [batch_rows(self.rows, self.config.batch, k, self.seed) for k in range(50)]
         noise = lambda k: torch.randn(self.config.batch, self.net.noise_size, generator=generator(self.seed, k, "settling")).to(self.device)
         with self.ema.applied(): measured = refresh_batchnorm(self.net, ((fetch(self.store, r, self.device)[1], noise(k)) for k, r in enumerate(rows)))
         for k, v in measured.items(): self.ema.weights[k].copy_(v)
+        self.settled = self.step
 
 # %% ../../nbs/33_state.ipynb #e926b8f0
 STATES = {"diffusion": Denoising, "gan": Contest}

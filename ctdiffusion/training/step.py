@@ -153,8 +153,7 @@ class EMA:
     ):
         self.live, self.decay, self.warmup = dict([*net.named_parameters(), *net.named_buffers()]), decay, warmup
         self.weights = {k: v.detach().clone() for k, v in self.live.items()}
-        pairs = [(self.weights[k], v) for k, v in self.live.items()]
-        self.real, self.counts = ([pair for pair in pairs if pair[0].is_floating_point() is kind] for kind in (True, False))
+        self.averaged, self.copied = ([(self.weights[k], v) for k, v in named] for named in (net.named_parameters(), net.named_buffers()))
 
     def decay_at(self, step: int) -> float:
         "min(decay, (1 + n)/(10 + n)): short memory first, where the weights still run away from their random start."
@@ -162,9 +161,9 @@ class EMA:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        "One step of averaging, all tensors at once; what only counts is copied."
-        if self.real: torch._foreach_lerp_([w for w, _ in self.real], [v for _, v in self.real], 1 - self.decay_at(step))
-        for w, v in self.counts: w.copy_(v)
+        "One step of averaging, all weights at once; statistics are copied."
+        torch._foreach_lerp_([w for w, _ in self.averaged], [v for _, v in self.averaged], 1 - self.decay_at(step))
+        for w, v in self.copied: w.copy_(v)
 
     @contextmanager
     def applied(self) -> Iterator[None]:

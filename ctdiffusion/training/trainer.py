@@ -82,7 +82,7 @@ class Trainer:
 
     def save(self) -> None:
         "A checkpoint of this step, unless something in it is not finite."
-        self.losses(); self.saved, groups = time.monotonic(), self.state.groups()
+        self.losses(); self.state.settle(); self.saved, groups = time.monotonic(), self.state.groups()
         if not all(v.isfinite().all() for g in ("model", "ema") for v in groups[g].values()): raise self.not_finite("a weight", self.step - 1)
         if self.rank: return
         meta = dict(config=self.hash, seed=self.state.seed, model=self.state.model.to_dict())
@@ -104,7 +104,7 @@ class Trainer:
     def picture(self) -> None:
         "Samples of the averaged weights."
         if self.grid is None or self.rank: return
-        self.state.net.eval()
+        self.state.settle(); self.state.net.eval()
         with self.state.ema.applied(): write_png(self.run_dir / "samples" / f"step_{self.step:08d}.png", self.grid(self.state.net))
         self.state.net.train()
 
@@ -124,7 +124,6 @@ class Trainer:
         while self.step < c.max_steps and not leave:
             crash_point("step", self.step)
             self.state.train_step(); beat()
-            if self.step == c.max_steps or self.step in c.milestones: self.state.settle()
             if self.step % c.log_every == 0: self.write_metrics()
             leave, due = self.orders(stop)
             if c.grid_every and self.step % c.grid_every == 0 and self.step < c.max_steps: self.picture()
