@@ -10,7 +10,7 @@ from ctdiffusion.data.phantom import make_dataset
 from ctdiffusion.data.preparation import PrepareConfig
 from ctdiffusion.data.slices import unwindow
 from ctdiffusion.data.store import prepare
-from ctdiffusion.models.variants import preset
+from ctdiffusion.models.variants import VARIANTS, preset
 from ctdiffusion.synthesis.gallery import air_noise, organ_medians
 from ctdiffusion.synthesis.synthesis import embedded, weights_folder
 
@@ -31,8 +31,8 @@ def far(real, synthetic):
     return {organ: (real[organ], synthetic[organ]) for organ in ORGANS if abs(real[organ] - synthetic[organ]) > 20}
 
 
-def test_there_is_one_for_each_design():
-    assert set(embedded()) >= {"conditional-demo", "mask-demo", "edge-demo"}
+def test_there_is_one_for_each_method():
+    assert set(embedded()) == {f"{variant}-demo" for variant in VARIANTS}
 
 
 @pytest.mark.parametrize("name", embedded())
