@@ -41,10 +41,10 @@ def cell(column: Column, values: Sequence[float]) -> str:
     if not v.size or np.isnan(v).any(): return DASH
     return f"{v.mean():.{d}f}" + (f" ± {v.std(ddof=1):.{d}f}" if v.size > 1 else "")
 
-# %% ../../nbs/52_report.ipynb #b326e7a7
+# %% ../../nbs/52_report.ipynb #c7d0664b
 def _said(results: Sequence[Mapping], keys: Sequence[str]) -> str:
-    "key: every value it has among the results; dicts flat, without what is nested deeper."
-    flat = lambda v: ", ".join(f"{x} {k}" for k, x in v.items() if not isinstance(x, dict)) if isinstance(v, dict) else str(v)
+    "key: every value it has among the results; `data` and `n` in short."
+    flat = lambda v: str(v) if not isinstance(v, dict) else f"{v['name']} ({v['hash'][:8]})" if "name" in v else f"{v['patients']} patients, {v['slices']} slices"
     return "; ".join(f"{k}: {' / '.join(dict.fromkeys(flat(r[k]) for r in results if r[k] is not None)) or DASH}" for k in keys)
 
 def _comparable(results: Sequence[Mapping]) -> None:
@@ -56,7 +56,7 @@ def _comparable(results: Sequence[Mapping]) -> None:
     for key, group in grouped(results).items():
         if len({r["seed"] for r in group}) < len(group): refuse([f"{key} of seed {r['seed']}" for r in group], "each seed once", "Leave out the older one.")
 
-# %% ../../nbs/52_report.ipynb #2d918eef
+# %% ../../nbs/52_report.ipynb #eb68fb7a
 @dataclass(frozen=True)
 class Table:
     "Cells as text, which are bold, and what they depend on."
@@ -85,7 +85,7 @@ def _lines(key: tuple, ours: Sequence[Mapping], paper: Sequence[Mapping], is_fid
     signed = [DASH if np.isnan(g) else f"{g:+.{c.digits}f}" for c, g in zip(COLUMNS, gaps)]
     return [*lines, ((*label, "paper"), texts(paper), paper[0]["note"]), ((*label, "difference"), signed, "")]
 
-# %% ../../nbs/52_report.ipynb #ffcb390b
+# %% ../../nbs/52_report.ipynb #33041eeb
 def table(
     number: int,                  # 1 or 2
     paths: Sequence[str | Path],  # results.json files; nothing else gets in
@@ -107,7 +107,7 @@ def table(
     caption = f"Table {number}, ours beside the paper's. {_said(results, ('data', 'judge', 'features', 'n'))}. Bold: best of each iteration; ties share."
     return Table(f"table{number}", caption, pd.DataFrame([line[1] for line in lines], index, heads), pd.DataFrame(bold, index, heads), [line[2] for line in lines])
 
-# %% ../../nbs/52_report.ipynb #6eb892ce
+# %% ../../nbs/52_report.ipynb #ad19817a
 _latex = {**{c: "\\" + c for c in "&%$#_{}"}, "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}",
           "[": "{[}", "]": "{]}", DASH: "--", "±": r"$\pm$", "↓": r"$\downarrow$", "↑": r"$\uparrow$"}
 
@@ -120,11 +120,19 @@ def csv_text(text: object) -> str:
     text = tidy(text)
     return "'" + text if text[:1] in tuple("=+-@＝＋－＠") and not re.fullmatch(r"[+-]\d+(\.\d+)?", text) else text
 
-def html_text(text: object) -> str: return escape(tidy(text))
-def latex_text(text: object) -> str: return "".join(_latex.get(c, c) for c in tidy(text))
-def markdown_text(text: object) -> str: return re.sub(r"([\\`*_{}\[\]|~])", r"\\\1", escape(tidy(text), quote=False))
+def html_text(text: object) -> str:
+    "No tag, no attribute, no entity of its own."
+    return escape(tidy(text))
 
-# %% ../../nbs/52_report.ipynb #eef01376
+def latex_text(text: object) -> str:
+    "No command, and nothing that a row could begin with and be taken for an option."
+    return "".join(_latex.get(c, c) for c in tidy(text))
+
+def markdown_text(text: object) -> str:
+    "No tag, no column of its own, no link, no emphasis."
+    return re.sub(r"([\\`*_{}\[\]|~])", r"\\\1", escape(tidy(text), quote=False))
+
+# %% ../../nbs/52_report.ipynb #140a0193
 def _styled(t: Table, text: Callable) -> Styler:
     "Bold cells; every text through `text`."
     style = t.cells.style.apply(lambda _: t.bold.map(lambda b: "font-weight: bold" if b else ""), axis=None).set_uuid(t.name)
@@ -156,7 +164,7 @@ def write_table(folder: str | Path, t: Table) -> list[Path]:
     texts = {"csv": to_csv(t), "md": to_markdown(t), "tex": to_latex(t), "html": to_html(t)}
     return [atomic_write(Path(folder) / f"{t.name}.{kind}", text) for kind, text in texts.items()]
 
-# %% ../../nbs/52_report.ipynb #5875d6ee
+# %% ../../nbs/52_report.ipynb #d1955d47
 WINDOW = "window 40/400 HU"
 
 def _finish(fig: Figure, title: str, masks: np.ndarray, classes: ClassTable) -> Figure:
@@ -168,8 +176,9 @@ def _finish(fig: Figure, title: str, masks: np.ndarray, classes: ClassTable) -> 
         if np.ma.getmaskarray(ax.images[0].get_array()).all(): ax.text(0.5, 0.5, DASH, ha="center", va="center", transform=ax.transAxes)
     return fig
 
-def _column(slices: Sequence | None, like: np.ndarray) -> list:
-    return [np.full(m.shape, np.nan) if s is None else s for m, s in zip(like, [None] * len(like) if slices is None else slices)]
+def _column(slices: Sequence | None, masks: Sequence) -> list:
+    "The slices of one method, blank where there are none."
+    return [np.full(np.shape(masks[0]), np.nan) if s is None else s for s in ([None] * len(masks) if slices is None else slices)]
 
 def figure3(
     masks: np.ndarray,                                # (H, W) for all rows, or one per row
@@ -177,7 +186,7 @@ def figure3(
     classes: ClassTable = AMOS,
 ) -> Figure:
     "Rows: iterations. Columns: the mask and the three designs."
-    masks = np.broadcast_to(masks, (len(samples), *np.shape(masks)[-2:]))
+    masks = [masks] * len(samples) if np.ndim(masks) == 2 else masks
     columns = {METHODS[v]: _column([row.get(v) for row in samples.values()], masks) for v in ("conditional", "mask", "edge")}
     return _finish(grid({"mask": masks} | columns, list(samples), classes), "Figure 3: sampling results during training", masks, classes)
 
@@ -192,5 +201,7 @@ def figure4(
     up = np.argsort(levels)
     columns = {name: _column(samples.get(v), masks) for v, name in METHODS.items()}
     columns = {"mask": masks} | columns | {"ground truth": truth}
+    odd = {title: len(pictures) for title, pictures in columns.items() if len(pictures) != len(levels)}
+    if odd: raise CTDiffusionError("figure4", f"columns of {odd} pictures", f"{len(levels)}, one per level", "Select the same slices for all of them.")
     fig = grid({title: [pictures[k] for k in up] for title, pictures in columns.items()}, [f"{levels[k]:g}" for k in up], classes)
     return _finish(fig, "Figure 4: methods, from the lower to the upper abdomen", masks, classes)

@@ -64,7 +64,7 @@ def published(
     for r in found: r["metrics"]["dice_mean"] = mean_dice(r["metrics"]["dice"])
     return found
 
-# %% ../../nbs/51_results.ipynb #5220c84d
+# %% ../../nbs/51_results.ipynb #c91e2d7f
 FORMAT, _none = 1, type(None)
 FIELDS = dict(format=int, variant=str, milestone=(str, _none), preset=(str, _none), seed=(int, _none), step=(int, _none), start=(str, _none), checkpoint=(str, _none),
               config=(str, _none), sampler=(str, _none), data=dict, judge=(str, _none), features=(str, _none), n=dict, metrics=dict, intervals=dict, cases=dict,
@@ -88,7 +88,7 @@ def _broken(r: Mapping) -> list[str]:
              "a distance without features and their name": m["distance"] is None or r["features"] and m["distance_name"],
              f"FID on features {r['features']!r}": m["distance_name"] != "FID" or "inception" in (r["features"] or "").lower(),
              "Dice without a judge": not m["dice"] or r["judge"],
-             f"intervals {pairs}": all(p is None or isinstance(p, list) and len(p) == 2 and p[0] <= p[1] for p in pairs),
+             f"intervals {pairs}": all(p is None or isinstance(p, list) and list(map(type, p)) in ([float] * 2, [int] * 2) and p[0] <= p[1] for p in pairs),
              f"dice_mean {m['dice_mean']} for a mean of {mean}": m["dice_mean"] == mean or None not in (m["dice_mean"], mean) and abs(m["dice_mean"] - mean) < 1e-6}
     return [rule for rule, kept in rules.items() if not kept]
 
