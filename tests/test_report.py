@@ -132,7 +132,7 @@ def test_ties_share_and_missing_never_wins():
     frame = pd.DataFrame([[1.001, 2.0, np.nan], [1.002, 3.0, 4.0], [5.0, np.nan, 4.01]], columns=["distance", "psnr", "spleen"]).reindex(columns=keys)
     won = best(frame)
     assert won.distance.tolist() == [True, True, False] and won.psnr.tolist() == [False, True, False] and won.spleen.tolist() == [False, True, True]
-    assert not won.ssim.any()
+    assert not won.ssim.any() and not best(frame.iloc[:1]).any().any()
 
 
 def test_published_bold_is_per_iteration():
