@@ -5,6 +5,7 @@
 
 On a CPU the seconds are those of the process (they hold on a busy machine), the memory is the largest resident set;
 on a GPU they are wall seconds between two synchronisations, and torch's peak. The optimiser and the averaged weights are in both.
+In the very first step (--warmup 0 --steps 1) Adam has no moments yet while activations are held, so later steps need more memory.
 """
 import argparse, json, platform, resource, subprocess, sys, time
 from dataclasses import replace
