@@ -141,7 +141,7 @@ class Distance:
     protocol: str
     def __str__(self) -> str: return f"{self.value:.4g}, KID {self.kid:.3g} (N = {self.n_real} real, {self.n_fake} synthetic; {self.protocol})"
 
-# %% ../../nbs/51_distance.ipynb #289baf77
+# %% ../../nbs/51_distance.ipynb #0041b415
 def _sha(*parts: bytes) -> str: return hashlib.sha256(b"".join(parts)).hexdigest()
 
 def real_features(slices: np.ndarray, features: Features, cache: str | Path | None = None) -> np.ndarray:
@@ -151,8 +151,8 @@ def real_features(slices: np.ndarray, features: Features, cache: str | Path | No
     key = _sha(json.dumps([features.name, features.protocol, x.shape]).encode(), x.tobytes())
     path = Path(cache) / f"{features.name}-{key[:16]}.safetensors"
     try:
-        with safe_open(path, "np") as f: kept, notes = f.get_tensor("features"), f.metadata()
-        if (notes["key"], notes["sha256"]) == (key, _sha(kept.tobytes())): return kept
+        with safe_open(path, "np") as f: kept, notes = f.get_tensor("features"), f.metadata() or {}
+        if (notes.get("key"), notes.get("sha256")) == (key, _sha(kept.tobytes())): return kept
     except (FileNotFoundError, SafetensorError): pass
     made = np.ascontiguousarray(features(x))
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ def _paired(real: np.ndarray, fake: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     if real.shape == fake.shape: return real, fake
     raise CTDiffusionError("pairs of slices", f"shapes {real.shape} and {fake.shape}", "as many slices of the same size", "Pair each synthetic slice with the real one of its mask.")
 
-# %% ../../nbs/50_quality.ipynb #4372afba
+# %% ../../nbs/50_quality.ipynb #310cc175
 PSNR = "PSNR in dB, per slice on [0, 1], peak 1, mean over slices"
 SSIM = "SSIM, per slice on [0, 1], 7x7 uniform window, data range 1, mean over slices"
 
@@ -60,7 +60,7 @@ def psnr(
 ) -> np.ndarray:                      # (N,) dB; inf where two slices are identical, nan where no pixel counts
     "Peak signal-to-noise ratio, slice by slice."
     real, fake = _paired(real, fake)
-    errors = [np.square(_unit(r) - _unit(f))[w] for r, f, w in zip(real, fake, _region(where, real.shape))]
+    errors = (np.square(_unit(r) - _unit(f))[w] for r, f, w in zip(real, fake, _region(where, real.shape)))
     with np.errstate(divide="ignore"): return -10 * np.log10([e.mean() if e.size else np.nan for e in errors])
 
 # %% ../../nbs/50_quality.ipynb #89a9f20a
@@ -127,7 +127,7 @@ def hu_errors(
     r, f = (organ_medians(unwindow(_unit(x)), labels, table) for x in _paired(real, fake))
     return {c.name: f[c.name] - r[c.name] for c in table.organs if c.name in r}
 
-# %% ../../nbs/50_quality.ipynb #40d333f5
+# %% ../../nbs/50_quality.ipynb #18b662d6
 DICE = "Dice x 100 per volume, nan where the mask has no organ, 0 where only the prediction has none; mean over volumes"
 
 def _ids(mask: np.ndarray, name: str, table: ClassTable) -> np.ndarray:
@@ -136,6 +136,15 @@ def _ids(mask: np.ndarray, name: str, table: ClassTable) -> np.ndarray:
     if mask.min() < 0 or mask.max() >= table.n: check_labels(mask, name, table)
     return mask
 
+def _pair_counts(truth: np.ndarray, prediction: np.ndarray, n: int, piece: int = 1 << 16) -> np.ndarray:
+    "(n, n): how many voxels have each pair of ids, counted in pieces that fit a cache."
+    total = np.zeros(n * n, np.int64)
+    for k in range(0, truth.size, piece):
+        t, p = (ids[k:k + piece].astype(np.intp) for ids in (truth, prediction))
+        total += np.bincount(t * n + p, minlength=n * n)
+    return total.reshape(n, n)
+
+# %% ../../nbs/50_quality.ipynb #2c0238d9
 def dice(
     truth: np.ndarray,         # ids of the mask, any shape: one volume
     prediction: np.ndarray,    # ids of the segmenter, mapped to the same table
@@ -144,17 +153,16 @@ def dice(
     "Dice of every organ in one volume, from one count of label pairs."
     truth, prediction = _ids(truth, "mask", table), _ids(prediction, "prediction", table)
     if truth.shape != prediction.shape: raise CTDiffusionError("dice", f"shapes {truth.shape} and {prediction.shape}", "one grid", "Resample the prediction to the grid of the mask.")
-    pairs = truth.ravel().astype(np.intp) * table.n + prediction.ravel()
-    joint = np.bincount(pairs, minlength=table.n ** 2).reshape(table.n, table.n)
+    joint = _pair_counts(truth.ravel(), prediction.ravel(), table.n)
     asked, given, both = joint.sum(1), joint.sum(0), joint.diagonal()
     return {c.name: float(200 * both[c.id] / (asked[c.id] + given[c.id])) if asked[c.id] else np.nan for c in table.organs}
 
-# %% ../../nbs/50_quality.ipynb #2748c107
+# %% ../../nbs/50_quality.ipynb #2d7ffd80
 def mean_dice(volumes: Sequence[Mapping[str, float]]) -> dict[str, Score]:
     "Per organ: the mean over the volumes that have it, and how many these are."
     return {name: mean_of((v[name] for v in volumes), DICE) for name in volumes[0]}
 
-# %% ../../nbs/50_quality.ipynb #29854ea0
+# %% ../../nbs/50_quality.ipynb #a8b60bcb
 @dataclass(frozen=True)
 class Interval:
     "A mean and where the middle 95 % of its bootstrap lie."
@@ -165,7 +173,7 @@ class Interval:
     protocol: str
     def __str__(self) -> str: return f"{self.value:.4g} [{self.low:.4g}, {self.high:.4g}] ({self.protocol})"
 
-# %% ../../nbs/50_quality.ipynb #f1fde782
+# %% ../../nbs/50_quality.ipynb #b275e612
 def bootstrap(
     values_by_patient: Mapping[str, float | Sequence[float]],  # one value or one per slice; inf and nan do not count
     seed: int = 0, draws: int = 2000,
@@ -179,7 +187,7 @@ def bootstrap(
     low, high = np.quantile(sums[pick].sum(1) / counts[pick].sum(1), (.025, .975))
     return Interval(float(sums.sum() / counts.sum()), float(low), float(high), n, f"95 % bootstrap over {n} patients, {draws} draws, seed {seed}")
 
-# %% ../../nbs/50_quality.ipynb #040a437c
+# %% ../../nbs/50_quality.ipynb #76691d8f
 def paired_difference(
     a: Mapping[str, float | Sequence[float]],  # as in `bootstrap`
     b: Mapping[str, float | Sequence[float]],  # the same patients and slices
