@@ -1,0 +1,197 @@
+"PSNR and SSIM against scikit-image, Dice against sets and by hand, the rules of what is left out, and every refusal."
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from ctdiffusion.data.labels import AMOS, ClassTable, CTDiffusionError, LabelClass
+from ctdiffusion.data.slices import window
+from ctdiffusion.evaluation.quality import (
+    DICE, PSNR, bootstrap, check_slices, dice, hu_errors, organ_dice, mean_of, paired_difference, paired_scores, psnr, ssim, ssim_map, to_bytes,
+)
+
+def slices(n=6, h=24, w=31, seed=0): return np.random.default_rng(seed).random((n, h, w))
+
+def pair(kind):
+    "Two sets that differ: noise, a shift, a constant, or bytes."
+    x = slices()
+    if kind == "shift": return x, np.roll(x, 2, 2)
+    if kind == "flat": return np.full_like(x, .25), np.full_like(x, .75)
+    if kind == "bytes": return to_bytes(x), to_bytes(slices(seed=1))
+    if kind == "float32": return x.astype(np.float32), np.clip(x + .05, 0, 1).astype(np.float32)
+    return x, np.clip(x + .1 * np.random.default_rng(2).standard_normal(x.shape), 0, 1)
+
+KINDS = ["noise", "shift", "flat", "bytes", "float32"]
+floats = lambda x: x / 255 if x.dtype == np.uint8 else x.astype(float)
+
+# ------------------------------------------------------------------------------------------ against scikit-image
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_psnr_is_scikit_images(kind):
+    real, fake = pair(kind)
+    theirs = [peak_signal_noise_ratio(floats(r), floats(f), data_range=1) for r, f in zip(real, fake)]
+    np.testing.assert_allclose(psnr(real, fake), theirs, rtol=1e-6)
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shape", [(7, 7), (8, 40), (64, 64)])
+def test_ssim_is_scikit_images(kind, shape):
+    real, fake = (np.resize(x, (3, *shape)) for x in pair(kind))
+    theirs = [structural_similarity(floats(r), floats(f), data_range=1) for r, f in zip(real, fake)]
+    np.testing.assert_allclose(ssim(real, fake), theirs, rtol=1e-6, atol=1e-9)
+
+def test_ssim_map_is_scikit_images_window_by_window():
+    a, b = slices()[0], slices(seed=3)[0]
+    theirs = structural_similarity(a, b, data_range=1, full=True)[1][3:-3, 3:-3]
+    np.testing.assert_allclose(ssim_map(a, b), theirs, atol=1e-9)
+
+def test_ssim_of_constant_identical_slices_is_one():
+    for value in (0., .5, 1.): np.testing.assert_array_equal(ssim(np.full((2, 9, 9), value), np.full((2, 9, 9), value)), 1)
+
+# ------------------------------------------------------------------------------------------------ what is left out
+
+def test_identical_slices_are_infinite_counted_and_not_averaged():
+    real, fake = pair("noise")
+    fake[2] = real[2]
+    values = psnr(real, fake)
+    assert np.isinf(values[2]) and np.isfinite(np.delete(values, 2)).all()
+    score = mean_of(values, PSNR)
+    assert (score.n, score.left_out, score.protocol) == (5, 1, PSNR)
+    assert score.value == pytest.approx(np.delete(values, 2).mean())
+    assert "n = 5" in str(score) and "1 left out" in str(score) and PSNR in str(score)
+
+def test_a_mean_of_nothing_is_nan_with_n_0():
+    score = mean_of([np.inf, np.nan], PSNR)
+    assert np.isnan(score.value) and (score.n, score.left_out) == (0, 2)
+
+def test_body_psnr_looks_at_the_body_alone():
+    real, fake = pair("noise")
+    labels = np.zeros(real.shape, np.uint8)
+    labels[:, 5:15, 5:15] = AMOS.body
+    labels[0] = 0
+    inside = psnr(real, fake, labels > 0)
+    np.testing.assert_allclose(inside[1:], psnr(real[1:, 5:15, 5:15], fake[1:, 5:15, 5:15]))
+    assert np.isnan(inside[0])
+    scores = paired_scores(real, fake, labels)
+    assert (scores["psnr"].n, scores["body_psnr"].n, scores["body_psnr"].left_out, scores["ssim"].n) == (6, 5, 1, 6)
+    assert "body only" in scores["body_psnr"].protocol
+
+def test_hu_errors_are_the_shift_of_each_organ_and_no_other():
+    labels = np.zeros((2, 20, 20), np.uint8)
+    labels[:, :5], labels[:, 5:10], labels[0, 12, :3] = 6, 1, 4
+    hu = np.where(labels == 6, 100., 20.)
+    fake = np.where(labels == 6, hu - 30, hu)
+    errors = hu_errors(window(hu), window(fake), labels)
+    assert set(errors) == {"liver", "spleen"}  # three pixels of gallbladder have no median
+    assert errors["liver"] == pytest.approx(-30, abs=.01) and errors["spleen"] == 0
+
+# ------------------------------------------------------------------------------------------------------------ Dice
+
+CASES = {
+    "perfect":                        ([1, 1, 0, 0], [1, 1, 0, 0], 1, 100),
+    "half found":                     ([1, 1, 0, 0], [1, 0, 0, 0], 1, 200 * 1 / 3),
+    "all found and as much again":    ([1, 0, 0, 1], [1, 1, 1, 1], 1, 200 * 2 / 6),
+    "disjoint":                       ([1, 1, 0, 0], [0, 0, 1, 1], 1, 0),
+    "asked, not given":               ([2, 2, 0, 0], [0, 0, 0, 0], 2, 0),
+    "given, not asked":               ([0, 0, 0, 0], [2, 2, 0, 0], 2, np.nan),
+    "neither asked nor given":        ([0, 0, 1, 1], [0, 0, 1, 1], 2, np.nan),
+    "taken for another organ":        ([2, 2, 2, 2], [3, 3, 3, 2], 2, 200 * 1 / 5),
+    "the other organ":                ([2, 2, 2, 2], [3, 3, 3, 2], 3, np.nan),
+    "body around it does not matter": ([16, 5, 5, 16], [0, 5, 0, 0], 5, 200 * 1 / 3),
+    "one voxel":                      ([15, 0, 0, 0], [15, 15, 15, 0], 15, 200 * 1 / 4),
+}
+
+@pytest.mark.parametrize("case", CASES)
+def test_dice_by_hand(case):
+    truth, prediction, organ, expected = CASES[case]
+    found = dice(np.array(truth), np.array(prediction))[AMOS.names[organ]]
+    assert (np.isnan(found) and np.isnan(expected)) or found == pytest.approx(expected, rel=1e-12)
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64])
+def test_dice_is_the_definition_with_sets_to_the_last_bit(dtype):
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, 15, (9, 8, 7)).astype(dtype)
+    prediction = np.where(rng.random(truth.shape) < .6, truth, rng.integers(0, 17, truth.shape)).astype(dtype)
+    found = dice(truth, prediction)
+    assert set(found) == {c.name for c in AMOS.organs}
+    for c in AMOS.organs:
+        t, p = truth == c.id, prediction == c.id
+        expected = 200 * (t & p).sum() / (t.sum() + p.sum()) if t.any() else np.nan
+        assert found[c.name] == expected or np.isnan([found[c.name], expected]).all()
+
+def test_dice_works_for_another_table():
+    table = ClassTable("two", (LabelClass(0, "background", (0, 0, 0)), LabelClass(1, "a", (1, 1, 1)), LabelClass(2, "b", (2, 2, 2))))
+    assert dice(np.array([1, 2]), np.array([1, 1]), table) == {"a": pytest.approx(200 / 3), "b": 0}
+    with pytest.raises(CTDiffusionError, match="labels 3"): dice(np.array([1, 3]), np.array([1, 1]), table)
+
+def test_mean_dice_counts_the_volumes_that_have_the_organ():
+    volumes = [dice(np.array(t), np.array(p)) for t, p in (([1, 1], [1, 1]), ([1, 2], [0, 0]), ([2, 0], [2, 0]))]
+    means = organ_dice(volumes)
+    assert (means["spleen"].value, means["spleen"].n, means["spleen"].left_out) == (50, 2, 1)
+    assert (means["kidney_right"].value, means["kidney_right"].n) == (50, 2)
+    assert np.isnan(means["liver"].value) and means["liver"].n == 0 and means["liver"].protocol == DICE
+
+# ------------------------------------------------------------------------------------------------------- bootstrap
+
+def test_bootstrap_is_seeded_and_does_not_know_the_order():
+    values = {f"p{k}": list(v) for k, v in enumerate(slices(8, 1, 5)[:, 0])}
+    first = bootstrap(values, seed=3)
+    assert first == bootstrap(dict(reversed(values.items())), seed=3) != bootstrap(values, seed=4)
+    assert first.value == pytest.approx(np.mean(list(values.values()))) and first.low < first.value < first.high
+    assert first.patients == 8 and "8 patients" in str(first) and "seed 3" in str(first)
+
+def test_bootstrap_weighs_slices_and_leaves_out_what_has_no_value():
+    odd = bootstrap({"a": [1., 1., 1.], "b": [5.], "c": [np.nan], "d": [np.inf, 1.]})
+    assert odd.value == pytest.approx(9 / 5) and odd.patients == 3
+    assert bootstrap({"a": 1., "b": 3.}).value == 2
+
+def test_bootstrap_covers_about_95_percent():
+    rng = np.random.default_rng(0)
+    intervals = [bootstrap(dict(enumerate(rng.standard_normal(40))), seed=k, draws=400) for k in range(300)]
+    assert .90 < np.mean([i.low <= 0 <= i.high for i in intervals]) < .98
+
+def test_differences_of_pairs_are_narrower_than_those_of_means():
+    rng = np.random.default_rng(0)
+    hard = rng.standard_normal(20) * 5
+    a, b = ({k: [h + m + e for e in .1 * rng.standard_normal(3)] for k, h in enumerate(hard)} for m in (1, 0))
+    apart, alone = paired_difference(a, b), bootstrap(a)
+    assert apart.low > 0 and apart.value == pytest.approx(1, abs=.1)
+    assert apart.high - apart.low < (alone.high - alone.low) / 10
+
+# -------------------------------------------------------------------------------------------------------- refusals
+
+REFUSED = {
+    "[-1, 1]": (lambda x: 2 * x - 1, r"0 to 1\. Map \[-1, 1\]"),
+    "HU": (lambda x: 400 * x - 160, "window"),
+    "0 to 255 as floats": (lambda x: 255 * x, "values from"),
+    "nan": (lambda x: np.where(x > .9, np.nan, x), "not finite"),
+    "inf": (lambda x: np.where(x > .9, np.inf, x), "not finite"),
+    "empty": (lambda x: x[:0], "at least one slice"),
+    "one slice alone": (lambda x: x[0], r"\(N, H, W\)"),
+    "channels": (lambda x: x[:, None], r"\(N, H, W\)"),
+    "labels": (lambda x: (16 * x).astype(np.int16), "uint8 or floating point"),
+    "bool": (lambda x: x > .5, "uint8 or floating point"),
+}
+
+@pytest.mark.parametrize("metric", [psnr, ssim, lambda r, f: to_bytes(f), lambda r, f: check_slices(f)])
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_slices_are_refused(case, metric):
+    spoil, message = REFUSED[case]
+    with pytest.raises(CTDiffusionError, match=message): metric(slices(), spoil(slices()))
+
+@pytest.mark.parametrize("call, message", [
+    (lambda x: psnr(x, x[:-1]), "as many slices"),
+    (lambda x: ssim(x, x[:, 1:]), "same size"),
+    (lambda x: ssim(x[:, :6], x[:, :6]), "7 x 7"),
+    (lambda x: psnr(x, x, x[:1] > .5), "bool of shape"),
+    (lambda x: psnr(x, x, np.ones(x.shape, int)), "bool of shape"),
+    (lambda x: dice(np.array([1, 2]), np.array([1])), "one grid"),
+    (lambda x: dice(np.array([1.]), np.array([1.])), "integer ids"),
+    (lambda x: dice(np.array([], int), np.array([], int)), "at least one"),
+    (lambda x: dice(np.array([17]), np.array([1])), "labels 17"),
+    (lambda x: dice(np.array([1]), np.array([-1])), "labels -1"),
+    (lambda x: bootstrap({"a": [1., 2.], "b": np.nan}), "at least 2"),
+    (lambda x: bootstrap({}), "at least 2"),
+    (lambda x: paired_difference({"a": 1., "b": 1.}, {"a": 1., "c": 1.}), "same patients"),
+    (lambda x: paired_difference({"a": [1., 2.], "b": 1.}, {"a": [1.], "b": 1.}), "same slices"),
+])
+def test_wrong_calls_are_refused(call, message):
+    with pytest.raises(CTDiffusionError, match=message): call(slices())
