@@ -12,7 +12,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from ctdiffusion.data.labels import AMOS, CTDiffusionError
+from ctdiffusion.data.labels import AMOS, ClassTable, CTDiffusionError, LabelClass
 from ctdiffusion.data.phantom import phantom, save_patient
 from ctdiffusion.data.slices import axial, resize_labels
 from ctdiffusion.data.volumes import read_image, read_labels, sha256_file, write_volume
@@ -117,6 +117,13 @@ def test_an_earlier_answer_survives_a_failing_judge(ct, tmp_path):
     with pytest.raises(CTDiffusionError, match="did not start"): judge_volume(Command("none", "n", ("no-such-program",)), ct, out)
 
 
+def test_the_ct_is_never_overwritten(ct):
+    before = sha256_file(ct)
+    for out in (ct, ct.with_name("ct.nii")):
+        with pytest.raises(CTDiffusionError, match="the name of the CT itself"): judge_volume(Constant(), ct, out)
+    assert sha256_file(ct) == before and judge_volume(Constant(), ct, ct.with_name("new") / "ct.nii.gz").is_file()
+
+
 def test_command_words_are_never_a_shell(ct, tmp_path):
     copy = "import shutil, sys; assert sys.argv[3] == '$(touch marker); {other}'; shutil.copy(sys.argv[1], sys.argv[2])"
     labels = tmp_path / "a b'.nii.gz"
@@ -142,6 +149,8 @@ def test_missing_and_unknown_classes_are_refused():
     with pytest.raises(CTDiffusionError, match="no class called aorta"): by_name(np.zeros(1, int), without)
     for strange in (-1, 118, 300):
         with pytest.raises(CTDiffusionError, match="without a name"): by_name(np.array([0, strange]), V2)
+    mine = ClassTable("mine", (LabelClass(0, "background", (0, 0, 0)), LabelClass(1, "spleen", (1, 1, 1))))
+    with pytest.raises(CTDiffusionError, match="empty column ts_v2"): by_name(np.array([1]), V2, table=mine)
     assert by_name(np.array([22]), V2) == AMOS.id("prostate_uterus")
     assert by_name(np.array([22]), without | {52: "aorta"}) == 15
     assert by_name(np.array([1]), {1: "spleen", **{k: n for k, n in V2.items() if n not in ("spleen", "prostate")}}, key="ts_v1") == 1
@@ -232,7 +241,7 @@ def test_child_is_called_as_the_protocol_says(package, ct, tmp_path, mode, optio
     assert not Path(seen["home"]).exists() and not (tmp_path / "users-home").exists(), "its home was a temporary folder"
     for part in (TESTED, "task total", mode, "resampling order 1", "gpu:1", "weights "): assert part in judge.protocol
     assert json.loads((tmp_path / "o.json").read_text())["protocol"] == judge.protocol
-    assert doctor(judge).endswith("ready") and "MISSING" not in doctor(judge) and "not ready" not in doctor(judge)
+    assert doctor(judge).endswith("verdict      ready") and "MISSING" not in doctor(judge)
 
 
 def test_other_weights_are_another_protocol(package, tmp_path):
@@ -255,7 +264,7 @@ def test_missing_weights_are_refused_before_the_package_is_imported(package, ct,
     for start in (lambda: judge.protocol, lambda: judge(ct, tmp_path / "o.nii.gz"), lambda: judge_volume(judge, ct, tmp_path / "o.nii.gz")):
         with pytest.raises(CTDiffusionError, match=f"no weights in {folder};.*{folder}.zip.*Nothing is downloaded"): start()
     assert not (where / "imported").exists() and not (tmp_path / "o.nii.gz").exists()
-    assert f"MISSING    {folder}" in doctor(judge) and doctor(judge).count("present") == 4 and doctor(judge).endswith("not ready")
+    assert f"MISSING    {folder}" in doctor(judge) and doctor(judge).count("present") == 4 and "not ready: no weights" in doctor(judge)
 
 
 def test_weights_come_from_the_environment(package, tmp_path, monkeypatch):
@@ -272,7 +281,7 @@ def test_no_package_old_package_no_python(package, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "_ASK", "")
     absent = TotalSegmentator("6 mm", weights=weights)
     with pytest.raises(CTDiffusionError, match=r"no such package.*pip install 'ctdiffusion\[judge\]'"): absent.protocol
-    assert "MISSING in this Python: python -m venv" in doctor(absent)
+    assert "MISSING in this Python: python -m venv" in doctor(absent) and doctor(absent).endswith("not ready: no such package")
     monkeypatch.undo()
     monkeypatch.setenv("PYTHONPATH", os.environ.get("PYTHONPATH", ""))
     package("2.15.0")
@@ -297,8 +306,8 @@ def test_what_the_package_may_do_wrong(package, ct, tmp_path, api, names, word):
 
 def test_the_child_needs_nothing_of_ours():
     "The source that travels imports the package, nibabel and the standard library only."
-    assert "ctdiffusion" not in module._CHILD and "roi_subset" not in module._CHILD
-    assert module._CHILD.startswith("def segment(job") and segment.__code__.co_freevars == ()
+    assert "ctdiffusion" not in module._child() and "roi_subset" not in module._child()
+    assert module._child().startswith("def segment(job") and segment.__code__.co_freevars == ()
     assert set(segment.__code__.co_names) & set(vars(module)) <= {"json", "Path"}, "no global of the module"
 
 
@@ -333,6 +342,13 @@ net = get_network_from_plans(kind, network, imports, 1, len(classes) + 1, deep_s
 torch.save(dict(network_weights=net.state_dict(), trainer_name=folder.name.split("__")[0], init_args=dict(configuration="3d_fullres", fold=0, dataset_json=dataset, plans=plans),
                 inference_allowed_mirroring_axes=None), folder / "fold_0/checkpoint_final.pth")
 '''
+FACTS = '''
+import json
+from totalsegmentator.map_tasks_config import TASK_ID_WEIGHTS_CONFIGS as config
+from totalsegmentator.map_to_binary import class_map
+url = "https://github.com/wasserth/TotalSegmentator/releases/download/{version}/{foldername}.zip"
+print(json.dumps(dict(total=class_map["total"], total_v1=class_map["total_v1"], urls=[url.format(**config[i]) for i in (291, 292, 293, 294, 295, 297, 298)])))
+'''
 # beside a CPU build of torch, PyPI's torchvision cannot register its compiled operators; nothing here calls them, so their names suffice
 OPERATORS = '''
 from torch import library
@@ -351,6 +367,10 @@ def test_the_real_package_end_to_end(tmp_path, monkeypatch, capsys):
         (tmp_path / "site").mkdir(); (tmp_path / "site/sitecustomize.py").write_text(OPERATORS)
         monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
     subprocess.run([PYTHON, "-c", MAKE_WEIGHTS, str(tmp_path / "w"), *MODES["6 mm"][1]], check=True, capture_output=True)
+    facts = json.loads(subprocess.run([PYTHON, "-c", FACTS], check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+    assert {i: facts["total"][str(i)] for i in V2 if i != 90} == {i: n for i, n in V2.items() if i != 90} and "uterus" not in facts["total"].values()
+    assert {c.ts_v1 for c in AMOS.organs if c.ts_v1} <= set(facts["total_v1"].values()) and "prostate" not in facts["total_v1"].values()
+    assert [module._URL.format(folder=f) for _, folders in MODES.values() for f in folders] == facts["urls"]
     real, image = REAL / "unlabelled/cptac_pda_c3l00189.nii.gz", tmp_path / "ct.nii.gz"
     if real.is_file(): image.write_bytes(real.read_bytes())
     else: save_patient(phantom(0, 96), image, orientation="LPS")

@@ -58,6 +58,8 @@ def judge_volume(
 ) -> Path:                     # `out`
     "The organs that a judge finds in a CT file: uint8 ids on its very grid, and a sidecar with the protocol."
     image, out = Path(image).resolve(), Path(out).resolve()
+    if sidecar(out) == sidecar(image): raise CTDiffusionError(out, "the name of the CT itself", "a name of its own", "Call it case-judged.nii.gz, or put it into another folder.")
+    out.parent.mkdir(parents=True, exist_ok=True)
     job = dict(judge=judge.name, protocol=judge.protocol, image=sha256_file(image), table=table.hash())
     if finished(out, job): return out
     ct = read_image(image)
@@ -80,6 +82,7 @@ def by_name(
 ) -> np.ndarray:                # our ids, uint8
     "A segmenter's ids turned into ours by name; what we have no class for becomes background."
     ours = {getattr(c, key): c.id for c in table.organs if getattr(c, key)}
+    if not ours: raise CTDiffusionError(f"class table '{table.name}'", f"an empty column {key}", "the segmenter's name for every organ it is to find", "Fill it in.")
     if missing := sorted(set(ours) - set(names.values())):
         raise CTDiffusionError(where, f"no class called {', '.join(missing)}", f"all names of the column {key} of the class table '{table.name}'", "Use the version the column was made for, or correct the class table.")
     if strange := sorted(set(np.unique(ids).tolist()) - {0, *names}):
@@ -180,7 +183,10 @@ def segment(job: dict) -> None:
     nibabel.save(labels, job["out"])
     Path(job["names"]).write_text(json.dumps(class_map["total"]))
 
-_CHILD = f"{inspect.getsource(segment)}\nif __name__ == '__main__':\n    import json, sys\n    segment(json.loads(sys.argv[1]))"
+def _child() -> str:
+    "The program of the child."
+    return f"{inspect.getsource(segment)}\nif __name__ == '__main__':\n    import json, sys\n    segment(json.loads(sys.argv[1]))"
+
 _ASK = "import importlib.metadata as m\ntry: print(m.version('TotalSegmentator'))\nexcept m.PackageNotFoundError: pass"
 
 # %% ../../nbs/54_judge.ipynb #ab1b9533
@@ -237,16 +243,16 @@ class TotalSegmentator:
             job = dict(image=str(Path(image).resolve()), out=str(raw), names=str(names), device=self.device, options=MODES[self.mode][0])
             nowhere = {k: "http://127.0.0.1:9" for k in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")} | dict(no_proxy="", NO_PROXY="")
             env = os.environ | nowhere | dict(TOTALSEG_HOME_DIR=temp, TOTALSEG_WEIGHTS_PATH=str(self.root))
-            _run(self.name, [self.python, "-c", _CHILD, json.dumps(job)], env, temp)
+            _run(self.name, [self.python, "-c", _child(), json.dumps(job)], env, temp)
             _translate(raw, {int(i): n for i, n in json.loads(names.read_text()).items()}, out, self.table, "ts_v2")
 
 # %% ../../nbs/54_judge.ipynb #83828cbd
 def doctor(judge: TotalSegmentator) -> str:
     "What stands between you and a judgement, line by line."
-    python = "this Python" if judge.python == sys.executable else judge.python
-    lines = [f"package      TotalSegmentator {judge.version} in {python}" if judge.version else f"package      MISSING in {python}: {_INSTALL}"]
-    lines += [f"task         total, {judge.mode}, {judge.device}, no roi_subset, resampling order 1", f"weights      in {judge.root.name}/ (TOTALSEG_WEIGHTS_PATH{' is not set' if 'TOTALSEG_WEIGHTS_PATH' not in os.environ else ''})"]
-    for f in MODES[judge.mode][1]: lines.append(f"  present    {f}" if checkpoints(judge.root / f) else f"  MISSING    {f}: unzip {_URL.format(folder=f)} there")
-    lines += ["statistics   off, in a config.json of our own", "network      none: its proxy leads nowhere",
-              f"verdict      {'ready' if judge.fault() is None else 'not ready'}"]
+    python, fault = "this Python" if judge.python == sys.executable else judge.python, judge.fault()
+    origin = "as given" if judge.weights else "from TOTALSEG_WEIGHTS_PATH" if os.environ.get("TOTALSEG_WEIGHTS_PATH") else "the default; set TOTALSEG_WEIGHTS_PATH for another"
+    lines = [f"package      TotalSegmentator {judge.version} in {python}" if judge.version else f"package      MISSING in {python}: {_INSTALL}",
+             f"task         total, {judge.mode}, {judge.device}, no roi_subset, resampling order 1", f"weights      {judge.root} ({origin})"]
+    lines += [f"  present    {f}" if checkpoints(judge.root / f) else f"  MISSING    {f}: unzip {_URL.format(folder=f)} there" for f in MODES[judge.mode][1]]
+    lines += ["statistics   off, in a config.json of our own", "network      none: its proxy leads nowhere", f"verdict      {f'not ready: {fault.found}' if fault else 'ready'}"]
     return "\n".join(lines)
