@@ -4,9 +4,10 @@
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/.ready
+JUDGE  := .venv-judge/bin
 PAGES  := ^([0-9]|index)
 
-.PHONY: demo test export clean readme constraints
+.PHONY: demo test judge export clean readme constraints
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -18,6 +19,9 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --file_re '$(PAGES)' --n_workers 2 --do_print
 	$(BIN)/python -m pytest
+
+judge: $(READY) .venv-judge/.ready   # TotalSegmentator, once for real: 2.6 GB and some minutes the first time, no weights
+	OMP_NUM_THREADS=1 CTDIFFUSION_JUDGE=$(JUDGE)/python $(BIN)/python -m pytest tests/test_judge.py -k real_package
 
 export: $(READY)   # notebooks -> ctdiffusion/
 	$(BIN)/nbdev_export
@@ -36,4 +40,9 @@ $(READY): settings.ini constraints.txt setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("constraints.txt needs Python >= 3.11: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[notebooks,dev]'
+	touch $@
+
+.venv-judge/.ready: Makefile   # an environment of its own: the package is heavy, and wants a torchvision that fits its torch
+	$(PYTHON) -m venv .venv-judge
+	$(JUDGE)/python -m pip install --quiet $$(grep '^torch==' constraints.txt) TotalSegmentator==2.18.0
 	touch $@
