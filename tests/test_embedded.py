@@ -58,11 +58,12 @@ def test_organs_have_their_hu(held_out, synthetic):
 
 
 def test_no_slice_keeps_noise(held_out, synthetic):
-    "Air of every synthetic slice against the air of real slices, and nowhere more grain than two grey values of 256."
+    "Air of every synthetic slice against the air of real slices; off the skin no more than two grey values of 256, or than its real slice, which has a table there."
     real, masks = held_out
     noise, usual = air_noise(synthetic, masks), np.sqrt(np.nanmean(air_noise(real, masks) ** 2))
     assert noise.max() <= 1.5 * usual, f"slices {np.flatnonzero(noise > 1.5 * usual).tolist()}: {noise.max():.1f} HU, real {usual:.1f}"
-    assert air_noise(synthetic, masks, margin=2).max() <= 2 * 400 / 255
+    off_skin, allowed = (air_noise(x, masks, margin=2) for x in (synthetic, real))
+    assert (off_skin <= np.maximum(2 * 400 / 255, allowed)).all(), f"{off_skin.round(1)} HU, real {allowed.round(1)}"
 
 
 def test_another_mask_gives_another_patient(model, held_out, synthetic):
