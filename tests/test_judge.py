@@ -17,8 +17,9 @@ from ctdiffusion.data.phantom import phantom, save_patient
 from ctdiffusion.data.slices import axial, resize_labels
 from ctdiffusion.data.volumes import read_image, read_labels, sha256_file, write_volume
 from ctdiffusion.evaluation import judge as module
-from ctdiffusion.evaluation.judge import (MODES, Command, TotalSegmentator, by_name, doctor, judge_volume, segment, sidecar,
+from ctdiffusion.evaluation.judge import (MODES, Command, TotalSegmentator, by_name, doctor, judge_volume, segment,
                                           square_grid, write_ceiling, write_masks, write_slices)
+from ctdiffusion.synthesis.synthesis import sidecar
 
 NEEDED, TESTED = module._NEEDED, module._TESTED
 V2 = dict(zip([1, 2, 3, 4, 15, 5, 6, 52, 63, 7, 8, 9, 19, 21, 22], [c.ts_v2 for c in AMOS.organs])) | {90: "heart"}
@@ -63,7 +64,7 @@ def test_same_grid_bytes_and_sidecar(ct, tmp_path):
     given, made = nib.load(ct), nib.load(out)
     assert made.shape == given.shape and (made.affine == given.affine).all() and made.get_data_dtype() == np.uint8
     side = json.loads((tmp_path / "o.json").read_text())
-    assert side == dict(judge="constant", protocol="all is liver", image=sha256_file(ct), table=AMOS.hash(), sha256=sha256_file(out))
+    assert side == dict(job=dict(judge="constant", protocol="all is liver", image=sha256_file(ct), table=AMOS.hash()), sha256=sha256_file(out))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ct.nii.gz", "o.json", "o.nii.gz"]
 
 
@@ -72,11 +73,11 @@ def lose_output(out, ct): out.unlink()
 def lose_sidecar(out, ct): sidecar(out).unlink()
 def tear_sidecar(out, ct): sidecar(out).write_text('{"judge": ')
 def list_sidecar(out, ct): sidecar(out).write_text("[1]")
-def add_to_sidecar(out, ct): sidecar(out).write_text(json.dumps(json.loads(sidecar(out).read_text()) | dict(more=1)))
+def add_to_job(out, ct): side = json.loads(sidecar(out).read_text()); side["job"]["more"] = 1; sidecar(out).write_text(json.dumps(side))
 def other_ct(out, ct): save_patient(phantom(1, 40), ct)
 
 
-@pytest.mark.parametrize("fault", [spoil_output, lose_output, lose_sidecar, tear_sidecar, list_sidecar, add_to_sidecar, other_ct])
+@pytest.mark.parametrize("fault", [spoil_output, lose_output, lose_sidecar, tear_sidecar, list_sidecar, add_to_job, other_ct])
 def test_resume(ct, tmp_path, fault):
     judge, out = Constant(), tmp_path / "o.nii.gz"
     for _ in range(2): judge_volume(judge, ct, out)
@@ -240,7 +241,7 @@ def test_child_is_called_as_the_protocol_says(package, ct, tmp_path, mode, optio
     assert seen["weights"] == str(weights.resolve()) and seen["output"] is None and seen["proxy"] == "http://127.0.0.1:9"
     assert not Path(seen["home"]).exists() and not (tmp_path / "users-home").exists(), "its home was a temporary folder"
     for part in (TESTED, "task total", mode, "resampling order 1", "gpu:1", "weights "): assert part in judge.protocol
-    assert json.loads((tmp_path / "o.json").read_text())["protocol"] == judge.protocol
+    assert json.loads((tmp_path / "o.json").read_text())["job"]["protocol"] == judge.protocol
     assert doctor(judge).endswith("verdict      ready") and "MISSING" not in doctor(judge)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Model', 'describe', 'weights_folder', 'embedded', 'exported', 'load', 'export', 'slice_noise', 'synthesize_slices',
-           'complete_labels', 'to_hu', 'synthesize']
+           'complete_labels', 'to_hu', 'sidecar', 'finished', 'synthesize']
 
 # %% ../../nbs/40_synthesis.ipynb #f04cba98
 import hashlib, json, shutil
@@ -187,13 +187,16 @@ def to_hu(
     return np.where(labels == model.table.background, air, np.rint(hu)).astype(np.int16)
 
 # %% ../../nbs/40_synthesis.ipynb #1f57fbb7
-def _finished(out: Path, job: dict) -> bool:
-    "Is `out` there, whole, and the result of this job?"
-    try: side = json.loads(_sidecar(out).read_text())
-    except (OSError, ValueError): return False
-    return side.get("job") == job and out.exists() and sha256_file(out) == side.get("sha256")
+def sidecar(out: str | Path) -> Path:
+    "`case.nii.gz` -> `case.json`"
+    out = Path(out)
+    return out.with_name(out.name.removesuffix(".gz").removesuffix(".nii") + ".json")
 
-def _sidecar(out: Path) -> Path: return out.with_name(out.name.removesuffix(".gz").removesuffix(".nii") + ".json")
+def finished(out: str | Path, job: dict) -> bool:
+    "Is `out` there, whole, and the result of this job?"
+    try: side = json.loads(sidecar(out).read_text())
+    except (OSError, ValueError): return False
+    return isinstance(side, dict) and side.get("job") == job and Path(out).is_file() and sha256_file(out) == side.get("sha256")
 
 def _pieces(model: Model, masks: np.ndarray, job: dict, parts: Path, say: Callable[[str], object] | None) -> np.ndarray:
     "All slices of a volume, batch by batch; finished batches are read back."
@@ -229,11 +232,11 @@ def synthesize(
     case = case or Path(labels).name.split(".")[0]
     mask_hash = hashlib.sha256(volume.data.tobytes()).hexdigest()
     job = dict(weights=model.sha256, labels=mask_hash, seed=seed, sampler=sampler or model.sampler, case=case, batch=batch, air=air, threads=torch.get_num_threads())
-    if _finished(out, job): return out
+    if finished(out, job): return out
     parts = out.with_name(f".{out.name}.{hashlib.sha256(json.dumps(job).encode()).hexdigest()[:12]}")
     masks = resize_labels(axial(volume.data), model.config.size)
     write_volume(out, to_hu(_pieces(model, masks, job, parts, say), volume.data, model, air), volume.source)
-    atomic_write(_sidecar(out), json.dumps(dict(job=job, model=model.name, sha256=sha256_file(out)), indent=1))
+    atomic_write(sidecar(out), json.dumps(dict(job=job, model=model.name, sha256=sha256_file(out)), indent=1))
     write_ctbl(out.with_name("organs.ctbl"), model.table); write_itksnap(out.with_name("organs.label.txt"), model.table)
     shutil.rmtree(parts)
     return out
