@@ -1,7 +1,7 @@
 """One training step of every method: seconds and peak memory, each method in a process of its own.
 
     python bench/steps.py --preset demo
-    python bench/steps.py --preset paper --batch 1 --warmup 0 --threads 1 --out nbs/results/steps-paper-cpu.json
+    python bench/steps.py --preset paper --batch 1 --steps 1 --warmup 0 --threads 1 --device cpu --out nbs/results/steps-paper-cpu.json
 
 On a CPU the seconds are those of the process (they hold on a busy machine), the memory is the largest resident set;
 on a GPU they are wall seconds between two synchronisations, and torch's peak. The optimiser and the averaged weights are in both.

@@ -15,6 +15,7 @@ from ctdiffusion.synthesis.gallery import air_noise, organ_medians
 from ctdiffusion.synthesis.synthesis import embedded, weights_folder
 
 AIR = {"oasis-demo": 1.7}  # times the air of real slices, default 1.5: OASIS leaves a bright rim where a patient touches the border of the picture
+TABLE = {"sdm-demo"}  # draws the scanner's table, as the phantoms have one: there its own real slice is the measure
 ORGANS = ("background", "body", "liver", "spleen", "kidney_right", "kidney_left", "stomach", "aorta")
 
 
@@ -59,13 +60,14 @@ def test_organs_have_their_hu(held_out, synthetic):
 
 
 def test_no_slice_keeps_noise(model, held_out, synthetic):
-    "Air of every synthetic slice against the air of real slices; off the skin no more than two grey values of 256, or than its real slice, which has a table there."
+    "Air of every synthetic slice against the air of real slices; off the skin nowhere more grain than two grey values of 256."
     real, masks = held_out
     noise, usual = air_noise(synthetic, masks), np.sqrt(np.nanmean(air_noise(real, masks) ** 2))
     limit = AIR.get(model.name, 1.5) * usual
     assert noise.max() <= limit, f"slices {np.flatnonzero(noise > limit).tolist()}: {noise.max():.1f} HU, real {usual:.1f}"
-    off_skin, allowed = (air_noise(x, masks, margin=2) for x in (synthetic, real))
-    assert (off_skin <= np.maximum(2 * 400 / 255, allowed)).all(), f"{off_skin.round(1)} HU, real {allowed.round(1)}"
+    grain = air_noise(synthetic, masks, margin=2)
+    allowed = np.maximum(2 * 400 / 255, air_noise(real, masks, margin=2) if model.name in TABLE else 0)
+    assert (grain <= allowed).all(), f"{grain.round(1)} HU, allowed {allowed}"
 
 
 def test_another_mask_gives_another_patient(model, held_out, synthetic):

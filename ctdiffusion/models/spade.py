@@ -8,7 +8,6 @@ __all__ = ['VGG_URL', 'VGG_SHA256', 'SpatialNorm', 'xavier', 'spectral', 'SPADEB
            'SPADE']
 
 # %% ../../nbs/24_spade.ipynb #4dac8553
-import hashlib
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
 from ..data.labels import CTDiffusionError
+from ..data.volumes import sha256_file
 from .pix2pix import Adversarial, Generator
 from .sdm import Modulation
 from .unet import conv3
@@ -185,14 +185,12 @@ def vgg_file() -> Path:
 
 def digest_of(path: str | Path) -> str:
     "The SHA-256 of torchvision's file, or of a file NAME-HASH.pth that begins with HASH; an error if it is another."
-    path, h = Path(path), hashlib.sha256()
+    path = Path(path)
     if not path.is_file(): raise CTDiffusionError(path, "no file", "the weights of VGG19", f"Download {VGG_URL}, or say vgg='off'.")
-    with path.open("rb") as f:
-        while chunk := f.read(1 << 20): h.update(chunk)
-    promised = VGG_SHA256 if path.name == _NAME else path.stem.rpartition("-")[2]
-    if len(promised) < 8 or not h.hexdigest().startswith(promised):
-        raise CTDiffusionError(path, f"SHA-256 {h.hexdigest()[:16]}...", f"{promised[:16]}..." if len(promised) >= 8 else f"a file named by its hash, as {_NAME} is", "Download it again and keep its name.")
-    return h.hexdigest()
+    found, promised = sha256_file(path), VGG_SHA256 if path.name == _NAME else path.stem.rpartition("-")[2]
+    if len(promised) < 8 or not found.startswith(promised):
+        raise CTDiffusionError(path, f"SHA-256 {found[:16]}...", f"{promised[:16]}..." if len(promised) >= 8 else f"a file named by its hash, as {_NAME} is", "Download it again and keep its name.")
+    return found
 
 def load_vgg(
     vgg: str | Path,  # "download", "off" or a file
