@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['INCEPTION_URL', 'INCEPTION_SHA256', 'ENOUGH', 'frechet', 'kid', 'Features', 'RandomConvolutions', 'inception_file',
-           'Inception', 'Distance', 'real_features', 'distance']
+           'Inception', 'jackknife', 'Distance', 'real_features', 'distance']
 
 # %% ../../nbs/51_distance.ipynb #20607a4a
 import hashlib
 import json
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -20,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
+from scipy.stats import t as student
 
 from ..data.labels import CTDiffusionError, atomic_write
 from .quality import check_slices, to_bytes
@@ -128,6 +130,18 @@ class Inception:
         batches = torch.from_numpy(to_bytes(slices)).split(self.batch)
         return torch.cat([self.net(b[:, None].repeat(1, 3, 1, 1).to(self.device))[0].cpu() for b in batches]).numpy()
 
+# %% ../../nbs/51_distance.ipynb #989c68d7
+def jackknife(
+    statistic: Callable[[np.ndarray], float],  # of the slices where its argument is true
+    owners: np.ndarray,                        # (N,) whose slice each is
+) -> tuple[float, float] | None:               # none: fewer than three patients
+    "95 % interval of a statistic over patients, each left out once."
+    names, whole = np.unique(owners), statistic(np.ones(len(owners), bool))
+    if (n := len(names)) < 3: return None
+    left = np.array([statistic(owners != p) for p in names])
+    half = student.ppf(0.975, n - 1) * np.sqrt((n - 1) / n * np.square(left - left.mean()).sum())
+    return float(whole - half), float(whole + half)
+
 # %% ../../nbs/51_distance.ipynb #9497f4ed
 ENOUGH = 2048
 
@@ -139,6 +153,8 @@ class Distance:
     n_real: int
     n_fake: int
     protocol: str
+    interval: tuple[float, float] | None = None      # 95 % over patients
+    kid_interval: tuple[float, float] | None = None
     def __str__(self) -> str: return f"{self.value:.4g}, KID {self.kid:.3g} (N = {self.n_real} real, {self.n_fake} synthetic; {self.protocol})"
 
 # %% ../../nbs/51_distance.ipynb #0041b415
@@ -165,13 +181,16 @@ def distance(
     fake: np.ndarray,                  # (M, H, W)
     features: Features,
     cache: str | Path | None = None,   # folder for the features of the real set
+    owners: np.ndarray | None = None,  # (N,) whose slices: for intervals, where real and fake are pairs
 ) -> Distance:
     "Fréchet distance and KID of two sets of slices; FID only over the 2015 Inception."
     real, fake = check_slices(real, "real slices"), check_slices(fake, "synthetic slices")
     size, few = real.shape[1:], min(len(real), len(fake))
     if size != fake.shape[1:]: raise CTDiffusionError("distance", f"slices of {size} and {fake.shape[1:]}", "one size", "Bring the real slices to the size of the synthetic ones.")
+    if owners is not None and not len(owners) == len(real) == len(fake): raise CTDiffusionError("distance", f"{len(real)} real and {len(fake)} synthetic slices of {len(owners)} owners", "as many of each", "Pair each synthetic slice with the real one of its mask, or leave `owners` out.")
     if few < ENOUGH: warnings.warn(f"{few} images are fewer than {ENOUGH:,}: compare this number only with others of the same N, and look at KID.", stacklevel=2)
     a, b = real_features(real, features, cache), features(fake)
     kind = "FID" if isinstance(features, Inception) else "Fréchet distance, not FID"
     protocol = f"{kind}; {features.protocol}; {size[0]}x{size[1]} px; covariances with N-1; KID (x.y/d+1)^3, unbiased, all pairs"
-    return Distance(frechet(a, b), kid(a, b), len(real), len(fake), protocol)
+    spread = [jackknife(lambda keep: f(a[keep], b[keep]), owners) for f in (frechet, kid)] if owners is not None else [None] * 2
+    return Distance(frechet(a, b), kid(a, b), len(real), len(fake), protocol, *spread)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Model', 'describe', 'weights_folder', 'embedded', 'exported', 'load', 'export', 'slice_noise', 'synthesize_slices',
-           'complete_labels', 'to_hu', 'sidecar', 'finished', 'synthesize']
+           'complete_labels', 'to_hu', 'sidecar', 'finished', 'pieces', 'synthesize']
 
 # %% ../../nbs/40_synthesis.ipynb #f04cba98
 import hashlib, json, shutil
@@ -82,22 +82,23 @@ def exported(
     if (sha := sha256_file(path)) != run["sha256"]: raise CTDiffusionError(path, f"sha256 {sha[:12]}...", f"{run['sha256'][:12]}... as in run.json", "The file is damaged or was replaced: install or copy it again.")
     return run, {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
 
-def _trained(folder: Path, device: str) -> Model:
-    "The newest whole checkpoint of a run folder, its averaged weights."
-    path = latest_checkpoint(folder)
+def _trained(folder: Path, device: str, step: int | None = None) -> Model:
+    "A checkpoint of a run folder, its averaged weights."
+    path = latest_checkpoint(folder) if step is None else folder / f"checkpoints/step_{step:08d}.safetensors"
     if path is None: raise CTDiffusionError(folder, "a run without a checkpoint", "at least one", "Let it train until it saves; train.log says when.")
     return describe(json.loads((folder / "run.json").read_text()), read_checkpoint(path)["ema"], folder, sha256_file(path), device)
 
 def load(
     source: str | Path,    # a name of `embedded()`, a run folder, or a folder made by `export`
     device: str = "auto",  # "cpu", "cuda", ...
+    step: int | None = None,  # of a run folder; None: its newest whole checkpoint
 ) -> Model:
     "A model that is ready to synthesise, with the averaged weights (A12)."
     folder = weights_folder() / str(source) if str(source) in embedded() else Path(source)
-    if (folder / "weights.safetensors").exists():
+    if (folder / "weights.safetensors").exists() and step is None:
         run, weights = exported(folder)
         return describe(run, weights, folder, run["sha256"], device)
-    if (folder / "run.json").exists(): return _trained(folder, device)
+    if (folder / "run.json").exists(): return _trained(folder, device, step)
     raise CTDiffusionError(source, "no model of that name and no run folder there", f"one of {', '.join(embedded())}, or a folder with run.json", "Correct the name or the path.")
 
 # %% ../../nbs/40_synthesis.ipynb #d37a297e
@@ -198,7 +199,13 @@ def finished(out: str | Path, job: dict) -> bool:
     except (OSError, ValueError): return False
     return isinstance(side, dict) and side.get("job") == job and Path(out).is_file() and sha256_file(out) == side.get("sha256")
 
-def _pieces(model: Model, masks: np.ndarray, job: dict, parts: Path, say: Callable[[str], object] | None) -> np.ndarray:
+def pieces(
+    model: Model,
+    masks: np.ndarray,  # (Z, size, size) ids
+    job: dict,          # seed, case, sampler, batch
+    parts: Path,        # folder for the finished batches
+    say: Callable[[str], object] | None = None,
+) -> np.ndarray:        # (Z, size, size) in [0, 1]
     "All slices of a volume, batch by batch; finished batches are read back."
     parts.mkdir(parents=True, exist_ok=True)
     batch, out = job["batch"], []
@@ -235,7 +242,7 @@ def synthesize(
     if finished(out, job): return out
     parts = out.with_name(f".{out.name}.{hashlib.sha256(json.dumps(job).encode()).hexdigest()[:12]}")
     masks = resize_labels(axial(volume.data), model.config.size)
-    write_volume(out, to_hu(_pieces(model, masks, job, parts, say), volume.data, model, air), volume.source)
+    write_volume(out, to_hu(pieces(model, masks, job, parts, say), volume.data, model, air), volume.source)
     atomic_write(sidecar(out), json.dumps(dict(job=job, model=model.name, sha256=sha256_file(out)), indent=1))
     write_ctbl(out.with_name("organs.ctbl"), model.table); write_itksnap(out.with_name("organs.label.txt"), model.table)
     shutil.rmtree(parts)
