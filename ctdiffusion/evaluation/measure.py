@@ -6,7 +6,7 @@
 __all__ = ['Patient', 'grid_of', 'patients', 'kept_steps', 'check_model', 'synthesize_patient', 'judge_patient', 'by_patient',
            'distance_name', 'measure', 'training_hours', 'preset_of', 'machine', 'document', 'evaluate']
 
-# %% ../../nbs/56_measure.ipynb #44162fcb
+# %% ../../nbs/56_measure.ipynb #ad679ecf
 import hashlib, io, json, os, platform, re, shutil, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +25,7 @@ from .judge import Judge, judge_volume, square_grid, write_slices
 from .quality import bootstrap, dice, psnr, ssim, to_bytes
 from .results import FORMAT, mean_dice, milestone, read_results, write_results
 from ..models.variants import PRESETS, ModelConfig, preset
+from ..synthesis.gallery import air_noise
 from ..synthesis.synthesis import Model, finished, load, pieces, sidecar
 from ..training.folder import environment
 from ..training.runs import latest_checkpoint
@@ -140,7 +141,7 @@ def _dices(found: Mapping[str, float | None] | None) -> dict:
     dices = {o: None if x is None or np.isnan(x) else float(x) for o, x in (found or {}).items()}
     return dict(dice=dices, dice_mean=mean_dice(dices))
 
-# %% ../../nbs/56_measure.ipynb #48f3951b
+# %% ../../nbs/56_measure.ipynb #9148fb6f
 def measure(
     patients: Sequence[Patient],
     slices: Sequence[np.ndarray],      # of each patient, uint8 or [0, 1]
@@ -148,6 +149,7 @@ def measure(
     features: Features | None = None,  # None: no distance
     cache: str | Path | None = None,   # folder for the features of the real slices
     table: ClassTable = AMOS,
+    width: float = 400.0,              # HU from black to white
 ) -> dict:                             # n, metrics, intervals and cases of a result
     "Every number of a row, its interval over patients, and the numbers of each patient."
     counts, given = [len(p.masks) for p in patients], [len(s) for s in slices]
@@ -160,12 +162,15 @@ def measure(
     whole = {k: _mean(np.concatenate(list(v.values()))) for k, v in (scores | organs).items()}
     cases = {p.id: {k: _mean(v[p.id]) for k, v in scores.items()} | _dices(dices.get(p.id)) for p in patients}
     means = {p: np.array([np.nan if c["dice_mean"] is None else c["dice_mean"]]) for p, c in cases.items()}
+    hu = lambda x: to_bytes(x) * (width / 255)
+    noise = air_noise(hu(fake), masks, table)
+    air = dict(air=_mean(noise), air_max=float(np.nanmax(noise)), air_real=float(hu(real)[masks == table.background].std())) if np.isfinite(noise).any() else {}
     intervals = {k: _interval(v) for k, v in (scores | organs | dict(dice_mean=means)).items()}
     d = distance(real, fake, features, cache, owners) if features else None
     if d and d.interval: intervals |= dict(distance=list(d.interval), kid=list(d.kid_interval))
     named = dict(distance=d and d.value, distance_name=d and distance_name(features), kid=d and d.kid)
     n = dict(patients=len(patients), slices=len(real), volumes={o: int(sum(np.isfinite(x).all() for x in v.values())) for o, v in organs.items()})
-    return dict(n=n, metrics=named | {k: whole[k] for k in scores} | _dices({o: whole[o] for o in organs}), intervals=intervals, cases=cases)
+    return dict(n=n, metrics=named | {k: whole[k] for k in scores} | air | _dices({o: whole[o] for o in organs}), intervals=intervals, cases=cases)
 
 # %% ../../nbs/56_measure.ipynb #372563ca
 def training_hours(run_dir: str | Path, step: int) -> float:
@@ -208,7 +213,7 @@ def document(
     return dict(format=FORMAT, variant=variant, data=dict(name=name, hash=store.hash), judge=judge and judge.protocol, features=features and features.protocol,
                 versions=environment()["versions"], hours={}, machine=machine()) | nothing | dict(measured) | run
 
-# %% ../../nbs/56_measure.ipynb #011c8666
+# %% ../../nbs/56_measure.ipynb #73f1598d
 def evaluate(
     run_dir: str | Path,
     step: int,                        # whose weights
@@ -238,4 +243,4 @@ def evaluate(
     seconds = sum(json.loads(sidecar(folder / f"{p.id}.npy").read_text())["seconds"] for p in cases)
     facts = dict(milestone=milestone(step, max(run["train"]["max_steps"], step)), preset=preset_of(run), seed=run["seed"], step=step, start=run["init"], config=run["config"],
                  hours=dict(training=training_hours(run_dir, step), sampling=seconds / 3600), checkpoint=model.sha256, sampler=job["sampler"])
-    return write_results(path, document(run["variant"], measure(cases, slices, found, features, cache, store.table), store, name, judge, features, **facts))
+    return write_results(path, document(run["variant"], measure(cases, slices, found, features, cache, store.table, model.width), store, name, judge, features, **facts))

@@ -37,7 +37,7 @@ def painted(
     "Label maps in the mean grey of each class."
     return np.rint(means).astype(np.uint8)[masks]
 
-# %% ../../nbs/57_references.ipynb #dd5912a4
+# %% ../../nbs/57_references.ipynb #58ed2220
 def twin(
     patient: Patient, other: Patient,
 ) -> np.ndarray:  # as many slices as `patient` has
@@ -61,7 +61,7 @@ def floor(
     cases = patients(store, first)
     groups = _groups(store, len(cases), draws)
     if not groups: raise CTDiffusionError(store.path, "fewer training patients than test patients", "at least one group of the same size", "Evaluate fewer patients.")
-    found = measure(cases, [twin(p, other) for p, other in zip(cases, groups[0])], table=store.table)
+    found = measure(cases, [twin(p, other) for p, other in zip(cases, groups[0])], table=store.table, width=store.config.width)
     if features is None: return found
     real = np.concatenate([p.real for p in cases])
     ds = [distance(real, np.concatenate([p.real for p in g]), features, cache) for g in groups]
@@ -75,7 +75,7 @@ def _scatter(values: list[float]) -> list | None:
     half = student.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) * (1 + 1 / len(values)) ** 0.5
     return [float(np.mean(values) - half), float(np.mean(values) + half)]
 
-# %% ../../nbs/57_references.ipynb #2f0db6c1
+# %% ../../nbs/57_references.ipynb #5374bbf0
 REFERENCES = {"ceiling": "Real (ceiling)", "floor": "Other real patients (floor)", "paint": "Mean grey of each organ"}
 
 def _row(kind: str, store: Store, judge: Judge | None, features: Features | None, folder: Path, cache: str | Path | None, first: int) -> dict:
@@ -85,7 +85,7 @@ def _row(kind: str, store: Store, judge: Judge | None, features: Features | None
     slices = [p.real if kind == "ceiling" else painted(p.masks, means) for p in cases]
     window = (store.config.level, store.config.width, store.table)
     found = [judge_patient(judge, p, s, folder, *window) for p, s in zip(cases, slices)] if judge else ()
-    measured = measure(cases, slices, found, features if kind == "paint" else None, cache, store.table)
+    measured = measure(cases, slices, found, features if kind == "paint" else None, cache, store.table, store.config.width)
     if kind == "ceiling": measured["metrics"]["ssim"] = None  # of a slice with itself
     return measured
 
