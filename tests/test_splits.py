@@ -1,7 +1,7 @@
 """Split files, and what the number of slices says about the paper's 50 patients."""
-import csv, json, os, re, shutil
+import csv, json, shutil
 from collections import Counter
-from dataclasses import asdict, replace
+from dataclasses import replace
 from fractions import Fraction
 from itertools import combinations
 from math import comb
@@ -11,7 +11,7 @@ import papermill as pm
 import pytest
 from ctdiffusion.data.labels import CTDiffusionError
 from ctdiffusion.data.phantom import make_dataset, phantom, save_patient
-from ctdiffusion.data.preparation import PrepareConfig, SplitRow, broken, choose, left_out, read_split, split_pairs, split_rows, write_split
+from ctdiffusion.data.preparation import PrepareConfig, broken, choose, left_out, read_split, split_pairs, split_rows, write_split
 from ctdiffusion.data.splits import SEEDS, candidates, chance, figures, figures_table, how_many, one_of_them, organs_of, properties, rows_for, verdict, ways_by_sum
 from ctdiffusion.data.store import PrepareError, Store, open_store, prepare
 
@@ -206,7 +206,8 @@ def test_every_choice_is_equally_likely():
 def test_a_draw_can_be_repeated_for_ever():
     counts = {f"p{i:02}": 3 + i % 7 for i in range(30)}
     assert one_of_them(counts, 10, 60, 5) == one_of_them(dict(reversed(counts.items())), 10, 60, 5)
-    assert one_of_them({"a": 1, "b": 1, "c": 2, "d": 2}, 2, 3, 0) == ("b", "d"), "the draw of this seed, once and for all"
+    drawn = ["".join(one_of_them({"a": 1, "b": 1, "c": 2, "d": 2}, 2, 3, seed)) for seed in range(6)]
+    assert drawn == ["ac", "bd", "ad", "ad", "bd", "bc"], "the draws of these seeds, once and for all"
     assert len({one_of_them(counts, 10, 60, s) for s in range(20)}) > 15
 
 
@@ -240,15 +241,21 @@ def test_random_rules_are_the_generators_own():
 
 
 def test_groups_and_verdicts():
-    counts = dict(a=10, b=20, c=30, d=40, e=50, f=61)
-    found = candidates(counts, 2, 81, {"thin slices": {"b", "e", "f"}, "one only": {"a"}, "everybody": set(counts)})
-    by = {c.name: c for c in found}
-    assert by["the first 2 of those with thin slices"].ids == ("b", "e") and not any("one only" in n for n in by)
-    assert "None hits" in verdict(candidates(counts, 2, 80), counts, 2, 80) or "Hit by" in verdict(candidates(counts, 2, 80), counts, 2, 80)
-    assert "Hit by: the middle 2 by id" in verdict(candidates(counts, 2, 70), counts, 2, 70)
-    assert "No choice of 2 among 6 patients has 500 slices" in verdict(found, counts, 2, 500)
-    assert verdict(candidates(counts, 6, 200), counts, 6, 200) == "There is one choice: all 6, with 211 slices, 11 too many."
-    assert verdict(candidates(counts, 6, 211), counts, 6, 211).endswith("as asked for.")
+    counts = {f"p{i:02}": 10 + i * i for i in range(1, 21)}
+    some = [f"p{i:02}" for i in (2, 3, 5, 7, 11, 13, 17, 19)]
+    def search(n, total): return candidates(counts, n, total, {"thin slices": some, "one only": {"p01"}, "everybody": set(counts)})
+    by = {c.name: c for c in search(6, 500)}
+    assert by["the first 6 of those with thin slices"].ids == tuple(some[:6]) and by["the last 6 of those with thin slices"].ids == tuple(some[2:])
+    assert not any("one only" in n or "everybody" in n for n in by)
+    total = by["the first 6 by id"].slices
+    assert verdict(search(6, total), counts, 6, total).endswith("Hit by: the first 6 by id.") and "rules chance alone would let" in verdict(search(6, total), counts, 6, total)
+    near = by["the middle 6 by id"].slices
+    missed = next(t for t in range(near - 1, 0, -1) if how_many(counts, 6, t) and all(c.off for c in search(6, t)))
+    assert "None hits. Nearest: " in verdict(search(6, missed), counts, 6, missed)
+    assert "No choice of 6 among 20 patients has 9,999 slices" in verdict(search(6, 9999), counts, 6, 9999)
+    everybody = sum(counts.values())
+    assert verdict(search(20, everybody - 11), counts, 20, everybody - 11) == f"There is one choice: all 20, with {everybody:,} slices, 11 too many."
+    assert verdict(search(20, everybody), counts, 20, everybody).endswith("as asked for.")
 
 
 def test_a_choice_becomes_a_store(data, tmp_path):
@@ -296,18 +303,17 @@ def run(tmp_path, monkeypatch, **parameters):
 
 
 def test_the_job_searches_where_there_is_a_choice(tmp_path, monkeypatch):
-    root, p = tmp_path / "amos", phantom(seed=3, size=24)
+    root, p = tmp_path / "amos", phantom(seed=3, size=48)
     for k in range(1, 54):
         split = "Tr" if k < 2 else "Va"
         for f in ("images", "labels"): (root / f"{f}{split}").mkdir(parents=True, exist_ok=True)
-        q = replace(p, hu=np.roll(p.hu, k, 2)[:, :, :10 + k % 5], labels=np.roll(p.labels, k, 2)[:, :, :10 + k % 5])
+        q = replace(p, hu=p.hu[:, :, 20:30 + k % 5].copy(), labels=p.labels[:, :, 20:30 + k % 5])
+        q.hu[0, 0, 0] = -900 - k
         save_patient(q, root / f"images{split}/amos_{k:04}.nii.gz", root / f"labels{split}/amos_{k:04}.nii.gz")
     page = run(tmp_path, monkeypatch, data_root=str(root), held_out=0, allow_mirrored=",".join(f"amos_{k:04}" for k in range(1, 54)))
     assert "the paper has 200 with 26,069" in page and "has 6,559 slices: other patients, or other slices. Nearest rule" in page and "the first 50 by id" in page
     rows = read_split(tmp_path / "run/split-first50.csv", root)
     assert Counter(r.split for r in rows) == dict(train=1, val=50, out=2) and {r.why for r in rows if r.split == "val"} == {"the first 50 by id; ours, the paper names nobody"}
-    page = run(tmp_path, monkeypatch, data_root=str(root), held_out=0, split_file=str(tmp_path / "run/split-first50.csv"), store=str(tmp_path / "chosen"), allow_mirrored=",".join(f"amos_{k:04}" for k in range(1, 54)))
-    assert "No search: a split file has chosen" in page and len(open_store(tmp_path / "chosen").splits["val"]) == 50
 
 
 def test_the_job_with_a_split_file(data, store, tmp_path, monkeypatch):
@@ -315,7 +321,7 @@ def test_the_job_with_a_split_file(data, store, tmp_path, monkeypatch):
     mine = write(tmp_path / "mine.csv", "id,split\namos_0001,train\namos_0402,val\n")
     page = run(tmp_path, monkeypatch, data_root=str(data), split_file=str(mine))
     s = Store(tmp_path / "run/store")
-    assert s.splits == {"train": ["amos_0001"], "val": ["amos_0402"]} and "split.csv" in page
+    assert s.splits == {"train": ["amos_0001"], "val": ["amos_0402"]} and "split.csv" in page and "No search: a split file has chosen" in page
     with open(tmp_path / "run/figures.csv") as f: assert ["patients", "train", "1", "200", "§3"] in list(csv.reader(f))
     with pytest.raises(pm.PapermillExecutionError, match="made with a split file"): run(tmp_path, monkeypatch, data_root=str(data))
     with pytest.raises(pm.PapermillExecutionError, match="line 2"): run(tmp_path, monkeypatch, data_root=str(data), split_file=str(write(mine, "id,split\nnobody,val\n")))
