@@ -309,7 +309,7 @@ def run(tmp_path, **parameters):
 
 def test_job(original, tmp_path):
     page = run(tmp_path, data_root=str(original), store=str(tmp_path / "store"))
-    assert len(open_store(tmp_path / "store").cases) == 5 and "26069" in page and page.count("image/jpeg") >= 5
+    assert len(open_store(tmp_path / "store").cases) == 5 and "26,069" in page and page.count("image/jpeg") >= 5
     assert len((tmp_path / "run/cases.csv").read_text().splitlines()) == 6
 
 
@@ -319,4 +319,4 @@ def test_job_shows_everything_and_then_fails(data, tmp_path):
     with pytest.raises(pm.PapermillExecutionError, match="in 2 cases"): run(tmp_path, data_root=str(data))
     page = (tmp_path / "out.ipynb").read_text()
     assert "a web page" in page and "255 (" in page and '"name": "stderr"' not in page
-    assert not (tmp_path / "run/store").exists()
+    assert not (tmp_path / "run/store").exists() and "No store, no figures." in page and "No search: 1 validation patients" in page

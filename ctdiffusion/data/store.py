@@ -10,7 +10,7 @@ import errno, json, os, shutil, sys, time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .cases import Case, Problem, has_error, problems_table, write_problems
 from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write
-from .preparation import PrepareConfig, choose, digest, duplicates, prepare_case
+from .preparation import PrepareConfig, SplitRow, broken, choose, digest, duplicates, left_out, prepare_case, read_split, split_pairs, split_rows, write_split
 from .volumes import sha256_file
 
 # %% ../../nbs/06_store.ipynb #fa7fc56f
@@ -67,7 +67,15 @@ _REBUILD = "Prepare again with rebuild=True."
 
 def content_hash(manifest: dict) -> str:
     "Parameters, class table and every stored slice in one number, independent of files and their dates."
-    return digest(*(manifest[k] for k in ("version", "config", "table")), [[c[k] for k in ("id", "split", "start", "stop", "sha256")] for c in manifest["cases"]])
+    config = {k: v for k, v in manifest["config"].items() if k != "split"}
+    return digest(manifest["version"], config, manifest["table"], [[c[k] for k in ("id", "split", "start", "stop", "sha256")] for c in manifest["cases"]])
+
+def _changes(store: Store, now: PrepareConfig) -> list[str]:
+    "The parameters that differ, with both values; a split counts only if one is asked for, and then by its patients."
+    then, asked = store.config, {pair for pair in now.split if pair[0] not in now.exclude}
+    out = [f"{f.name}={getattr(then, f.name)!r} (now {getattr(now, f.name)!r})" for f in fields(PrepareConfig) if f.name != "split" and getattr(then, f.name) != getattr(now, f.name)]
+    moved = sorted({id for id, _ in asked ^ {(c["id"], c["split"]) for c in store.cases}}) if now.split else []
+    return out + [f"another split ({len(moved)} patients, {', '.join(moved[:3])})"] * bool(moved)
 
 def open_store(
     path: str | Path,                     # what `prepare` wrote
@@ -85,8 +93,7 @@ def open_store(
     for name, want in m["bytes"].items():
         n = os.path.getsize(path / f"{name}.npy") if (path / f"{name}.npy").exists() else 0
         if n != want: raise fail(f"{name}.npy of {n:,} bytes", f"{want:,}")
-    changed = [f"{f.name}={getattr(store.config, f.name)!r} (now {getattr(config, f.name)!r})" for f in fields(PrepareConfig) if config and getattr(store.config, f.name) != getattr(config, f.name)]
-    if changed: raise fail("a store made with " + ", ".join(changed), "the parameters asked for")
+    if changed := _changes(store, config) if config else []: raise fail("a store made with " + ", ".join(changed), "the parameters asked for")
     if table and table.hash() != store.table.hash(): raise fail(f"class table {store.table.name!r}", f"{table.name!r} as it is now")
     return store
 
@@ -147,18 +154,21 @@ def _join(folder: Path, entries: list[dict], size: int) -> dict[str, int]:
         out.flush()
     return {name: os.path.getsize(folder / f"{name}.npy") for name in ("images", "labels")}
 
-def _fill(folder: Path, store: Path, root: Path, config: PrepareConfig, table: ClassTable, processes: int, say: Callable | None) -> None:
+def _fill(folder: Path, store: Path, root: Path, config: PrepareConfig, table: ClassTable, processes: int, say: Callable | None, rows: list[SplitRow], split_file: str | Path | None) -> None:
     "All cases into `folder`, the manifest last; refuses at the very end, when every case has been looked at."
     cases, problems = choose(root, config)
     results = list(ticker(_each(cases, config, table, folder, processes), len(cases), say))
     entries = sorted((e for e, _ in results if e), key=lambda e: (e["split"], e["id"]))
-    problems += sorted((p for _, ps in results for p in ps), key=lambda p: (p.case, p.path)) + duplicates(entries)
+    problems += sorted((p for _, ps in results for p in ps), key=lambda p: (p.case, p.path)) + duplicates(entries) + broken(rows, entries, split_file)
     if has_error(problems) or not entries:
         csv = write_problems(store.with_name(f"{store.name}_problems.csv"), problems)
         raise PrepareError(root, problems, f"Nothing was stored. Mend the cases below or leave them out with `exclude` (the table is also in {csv}).")
+    kept = asdict(config) if config.split else {k: v for k, v in asdict(config).items() if k != "split"}
     for f in (f for e in entries for f in (e["image"], e["label"]) if f): f["path"] = os.path.relpath(f["path"], root)
-    m = dict(version=VERSION, config=json.loads(json.dumps(asdict(config))), table=table.to_json(), bytes=_join(folder, entries, config.size), cases=entries)
+    m = dict(version=VERSION, config=json.loads(json.dumps(kept)), table=table.to_json(), bytes=_join(folder, entries, config.size), cases=entries)
     write_problems(folder / "problems.csv", problems)
+    out, why = left_out(root, config) | {r.id: "left out by the split file" for r in rows if r.split == "out"}, {r.id: r.why for r in rows}
+    write_split(folder / "split.csv", [replace(r, why=why.get(r.id) or r.why) for r in split_rows(entries, out)])
     atomic_write(folder / "manifest.json", json.dumps(m | dict(hash=content_hash(m), problems=[asdict(p) for p in problems]), indent=1))
 
 # %% ../../nbs/06_store.ipynb #312e4bd8
@@ -172,11 +182,12 @@ def _commit(folder: Path, store: Path) -> None:
     os.replace(folder, store)
     shutil.rmtree(old, ignore_errors=True)
 
-def _present(store: Path, root: Path, config: PrepareConfig, table: ClassTable) -> Store | None:
+def _present(store: Path, root: Path, config: PrepareConfig, table: ClassTable, rows: list[SplitRow], split_file: str | Path | None) -> Store | None:
     "The store that is already there if it still fits; an error if it does not."
     if not store.exists() or not any(store.iterdir()): return None
     there = open_store(store, config, table)
     if why := stale(there, root): raise CTDiffusionError(store, f"a store made from other data: {why}", f"the data in {root} as they are now", _REBUILD)
+    if wrong := broken(rows, there.cases, split_file): raise PrepareError(root, wrong, "The store holds other files than the split file names.")
     return there
 
 def prepare(
@@ -187,18 +198,21 @@ def prepare(
     processes: int = 1,                               # cases worked on at the same time
     progress: Callable[[str], object] | None = None,  # e.g. print; None: silent
     rebuild: bool = False,                            # replace a store made with other parameters or data
+    split_file: str | Path | None = None,             # who belongs to which split; None: `config` says
 ) -> Store:
     "Read, check and cut all cases once; a store that is already there is opened if it fits and refused if not."
     root, store = Path(data_root), Path(os.path.abspath(store))
     scratch, foreign = store.with_name(f".{store.name}.tmp"), store.exists() and any(store.iterdir()) and not (store / "manifest.json").exists()
     if foreign: raise CTDiffusionError(store, "a folder that is no store", "a store, or nothing", "Choose another folder.")
+    rows = read_split(split_file, root) if split_file else []
+    if rows: config = replace(config, split=split_pairs(rows))
     store.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(store.with_name(f".{store.name}.lock"), timeout=0):
-            if not rebuild and (there := _present(store, root, config, table)): return there
+            if not rebuild and (there := _present(store, root, config, table, rows, split_file)): return there
             shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
-            try: _fill(scratch, store, root, config, table, processes, progress); _commit(scratch, store)
+            try: _fill(scratch, store, root, config, table, processes, progress, rows, split_file); _commit(scratch, store)
             finally: shutil.rmtree(scratch, ignore_errors=True)
     except Timeout as e: raise CTDiffusionError(store, "another preparation at work", "one at a time", "Wait for it, or choose another folder.") from e
     except OSError as e:
