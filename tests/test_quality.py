@@ -38,10 +38,15 @@ def test_ssim_is_scikit_images(kind, shape):
     theirs = [structural_similarity(floats(r), floats(f), data_range=1) for r, f in zip(real, fake)]
     np.testing.assert_allclose(ssim(real, fake), theirs, rtol=1e-6, atol=1e-9)
 
-def test_ssim_map_is_scikit_images_window_by_window():
+def test_both_are_their_formulas():
+    "PSNR from the mean squared error, SSIM window by window with unbiased variances."
     a, b = slices()[0], slices(seed=3)[0]
-    theirs = structural_similarity(a, b, data_range=1, full=True)[1][3:-3, 3:-3]
-    np.testing.assert_allclose(ssim_map(a, b), theirs, atol=1e-9)
+    assert psnr(a[None], b[None])[0] == pytest.approx(-10 * np.log10(np.square(a - b).mean()), rel=1e-9)
+    u, v = (np.lib.stride_tricks.sliding_window_view(s, (7, 7)).reshape(-1, 49) for s in (a, b))
+    covariance = ((u - u.mean(1, keepdims=True)) * (v - v.mean(1, keepdims=True))).sum(1) / 48
+    s = (2 * u.mean(1) * v.mean(1) + 1e-4) * (2 * covariance + 9e-4) / ((u.mean(1) ** 2 + v.mean(1) ** 2 + 1e-4) * (u.var(1, ddof=1) + v.var(1, ddof=1) + 9e-4))
+    np.testing.assert_allclose(ssim_map(a, b).ravel(), s, atol=1e-9)
+    assert ssim(a[None], b[None])[0] == pytest.approx(s.mean(), rel=1e-9)
 
 def test_ssim_of_constant_identical_slices_is_one():
     for value in (0., .5, 1.): np.testing.assert_array_equal(ssim(np.full((2, 9, 9), value), np.full((2, 9, 9), value)), 1)

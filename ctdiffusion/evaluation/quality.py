@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ..data.labels import AMOS, ClassTable, CTDiffusionError, check_labels
 from ..data.slices import unwindow
@@ -60,8 +61,8 @@ def psnr(
 ) -> np.ndarray:                      # (N,) dB; inf where two slices are identical, nan where no pixel counts
     "Peak signal-to-noise ratio, slice by slice."
     real, fake = _paired(real, fake)
-    errors = (np.square(_unit(r) - _unit(f))[w] for r, f, w in zip(real, fake, _region(where, real.shape)))
-    with np.errstate(divide="ignore"): return -10 * np.log10([e.mean() if e.size else np.nan for e in errors])
+    pairs = ((_unit(r)[w], _unit(f)[w]) for r, f, w in zip(real, fake, _region(where, real.shape)))
+    with np.errstate(divide="ignore"): return np.array([peak_signal_noise_ratio(r, f, data_range=1) if r.size else np.nan for r, f in pairs])
 
 # %% ../../nbs/50_quality.ipynb #89a9f20a
 @dataclass(frozen=True)
@@ -80,20 +81,9 @@ def mean_of(values: Iterable[float], protocol: str) -> Score:
     return Score(float(good.mean()) if good.size else np.nan, good.size, v.size - good.size, protocol)
 
 # %% ../../nbs/50_quality.ipynb #fa99bca2
-def _box(x: np.ndarray) -> np.ndarray:
-    "Means over all 7 x 7 windows inside of (H, W): 7 = 4 + 2 + 1."
-    for axis in (0, 1):
-        x = np.moveaxis(x, axis, 0)
-        two = x[:-1] + x[1:]
-        four = two[:-2] + two[2:]
-        x = np.moveaxis(four[:-3] + two[4:-1] + x[6:], 0, axis)
-    return x / 49
-
 def ssim_map(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     "(H - 6, W - 6): the similarity of two float slices in every 7 x 7 window."
-    mx, my, squares, product = map(_box, (x, y, x * x + y * y, x * y))
-    m2, mm = mx * mx + my * my, mx * my
-    return (2 * mm + 1e-4) * (49 / 24 * (product - mm) + 9e-4) / ((m2 + 1e-4) * (49 / 48 * (squares - m2) + 9e-4))
+    return structural_similarity(x, y, data_range=1, full=True)[1][3:-3, 3:-3]
 
 # %% ../../nbs/50_quality.ipynb #edf69e28
 def ssim(
