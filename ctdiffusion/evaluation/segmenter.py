@@ -192,7 +192,6 @@ def load_segmenter(folder: str | Path, device: str = "auto") -> Segmenter:
     load_weights(net, load_file(path), path)
     return Segmenter(net.to(where(device)[0]).eval().requires_grad_(False), about, config, ClassTable.from_json(about["table"]))
 
-# %% ../../nbs/55_segmenter.ipynb #ab9dc992
 def _same(found: dict, job: dict, folder: Path) -> None:
     if found != job: raise CTDiffusionError(folder, f"a judge of another {' and '.join(k for k in job if found.get(k) != job[k])}", "this store and this configuration", "Choose another folder, or delete this one to train anew.")
 
