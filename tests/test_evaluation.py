@@ -129,7 +129,7 @@ def test_a_damaged_file_is_made_again(data, run, tmp_path):
 def test_dealt_out_to_two_processes_of_torchrun(data, run):
     "What two processes made is what one would have made, and the evaluation finds it."
     folder, store = data
-    words = [f"run_dir={run}", f"data_root={folder / 'data'}", f"store={folder / 'store'}", "threads=1"]
+    words = ["-r", "run_dir", str(run), "-r", "data_root", str(folder / "data"), "-r", "store", str(folder / "store"), "-p", "threads", "1"]
     ended = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "-m", "ctdiffusion.evaluation.evaluation", *words],
                            capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
     assert ended.returncode == 0, ended.stderr[-2000:]
@@ -210,7 +210,7 @@ def test_refusals(data, run, tmp_path):
     with pytest.raises(CTDiffusionError, match="no weights|no such package"): judge_of(EvaluateJob(judge="totalsegmentator"), store)
     with pytest.raises(CTDiffusionError, match="no file|no usable torch-fidelity"): features_of(EvaluateJob(features=str(tmp_path / "none.pth")))
     with pytest.raises(CTDiffusionError, match="fewer training patients"): floor(prepare(folder / "data", tmp_path / "few", PrepareConfig(64, exclude=tuple(store.splits["train"][:2]))), None)
-    for words, why in ((["somewhere"], "name=value"), (["run_dir=x", "juge=none"], "did you mean judge"), (["judge=nobody"], "one of embedded")):
+    for words, why in ((["somewhere"], "-p name value"), (["-p", "run_dir", "x", "-p", "juge", "none"], "did you mean judge"), (["-p", "judge", "nobody"], "one of embedded")):
         with pytest.raises(CTDiffusionError, match=why): main(words)
     with pytest.raises(CTDiffusionError, match="ddim"): EvaluateJob(sampler="ddim999")
 

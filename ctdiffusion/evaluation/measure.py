@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Patient', 'grid_of', 'patients', 'kept_steps', 'check_model', 'synthesize_patient', 'judge_patient', 'by_patient',
-           'distance_name', 'measure', 'training_hours', 'preset_of', 'machine', 'document', 'evaluate']
+           'distance_name', 'measure', 'training_hours', 'preset_of', 'machine', 'document', 'keep_slices', 'evaluate']
 
 # %% ../../nbs/56_measure.ipynb #ad679ecf
 import hashlib, io, json, os, platform, re, shutil, time
@@ -141,7 +141,7 @@ def _dices(found: Mapping[str, float | None] | None) -> dict:
     dices = {o: None if x is None or np.isnan(x) else float(x) for o, x in (found or {}).items()}
     return dict(dice=dices, dice_mean=mean_dice(dices))
 
-# %% ../../nbs/56_measure.ipynb #9148fb6f
+# %% ../../nbs/56_measure.ipynb #d5685056
 def measure(
     patients: Sequence[Patient],
     slices: Sequence[np.ndarray],      # of each patient, uint8 or [0, 1]
@@ -172,7 +172,7 @@ def measure(
     n = dict(patients=len(patients), slices=len(real), volumes={o: int(sum(np.isfinite(x).all() for x in v.values())) for o, v in organs.items()})
     return dict(n=n, metrics=named | {k: whole[k] for k in scores} | air | _dices({o: whole[o] for o in organs}), intervals=intervals, cases=cases)
 
-# %% ../../nbs/56_measure.ipynb #372563ca
+# %% ../../nbs/56_measure.ipynb #69892146
 def training_hours(run_dir: str | Path, step: int) -> float:
     "Hours that a run has taken for its first `step` steps, by its log."
     total, last, start = 0.0, 0.0, None
@@ -198,7 +198,7 @@ def machine() -> str:
     card = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{cpu}, {os.cpu_count()} cores{card}"
 
-# %% ../../nbs/56_measure.ipynb #58448c6a
+# %% ../../nbs/56_measure.ipynb #d93dacdd
 def document(
     variant: str,
     measured: Mapping,          # from `measure`
@@ -213,7 +213,14 @@ def document(
     return dict(format=FORMAT, variant=variant, data=dict(name=name, hash=store.hash), judge=judge and judge.protocol, features=features and features.protocol,
                 versions=environment()["versions"], hours={}, machine=machine()) | nothing | dict(measured) | run
 
-# %% ../../nbs/56_measure.ipynb #73f1598d
+# %% ../../nbs/56_measure.ipynb #da9df2d3
+def keep_slices(path: str | Path, patients: Sequence[Patient], slices: Sequence[np.ndarray]) -> Path:
+    "An .npz with the uint8 slices of every patient."
+    file = io.BytesIO()
+    np.savez_compressed(file, **{p.id: to_bytes(s) for p, s in zip(patients, slices)})
+    return atomic_write(path, file.getvalue())
+
+# %% ../../nbs/56_measure.ipynb #5ac314c7
 def evaluate(
     run_dir: str | Path,
     step: int,                        # whose weights
@@ -239,6 +246,7 @@ def evaluate(
     for k, p in enumerate(cases, 1):
         slices.append(synthesize_patient(model, p, folder, run["seed"], sampler, batch))
         say(f"step {step:,}: {k} of {len(cases)} patients, {sum(map(len, slices))} slices, sampler {job['sampler']}, {time.monotonic() - start:.0f} s")
+    keep_slices(folder / "slices.npz", cases, slices)
     found = [judge_patient(judge, p, s, folder, model.level, model.width, store.table) for p, s in zip(cases, slices)] if judge else ()
     seconds = sum(json.loads(sidecar(folder / f"{p.id}.npy").read_text())["seconds"] for p in cases)
     facts = dict(milestone=milestone(step, max(run["train"]["max_steps"], step)), preset=preset_of(run), seed=run["seed"], step=step, start=run["init"], config=run["config"],
