@@ -118,7 +118,7 @@ def insist(ended: dict[str, str], job: ReproduceJob) -> None:
     bad = [f"{name} ({how})" for name, how in ended.items() if how != "done"]
     if bad: raise CTDiffusionError(job.folder, "; ".join(bad), "every task done", f"Read the logs in {job.folder / 'jobs'}, then run the same command again: what is done is not done twice.")
 
-# %% ../../nbs/61_launch.ipynb #fe58bdd5
+# %% ../../nbs/61_launch.ipynb #09182644
 def _line(task: Task, nbs: Path) -> str:
     "Name, run folder, then the arguments of papermill, or `done`."
     pairs = [("-r" if isinstance(v, str) else "-p", k, str(v)) for k, v in task.parameters.items() if v != ""]
@@ -133,6 +133,7 @@ def write_matrix(
 ) -> list[Path]:              # prepare.txt, train.txt, evaluate.txt, report.txt
     "The lines that the files in slurm/ work through, and the record that each task will have."
     nbs, jobs, kinds = nbs or notebooks(), job.folder / "jobs", ("prepare", "train", "evaluate", "report")
+    jobs.mkdir(parents=True, exist_ok=True)
     again = {f.name: getattr(job, f.name) for f in fields(job)} | dict(where="report", dry_run=False, root=str(job.folder))
     report = Task("report", "reproduce.ipynb", jobs, again, ())
     lines = {k: "".join(_line(t, nbs) for t in (*tasks, report) if (t.name if t is report else t.kind) == k) for k in kinds}
