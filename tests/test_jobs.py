@@ -296,7 +296,7 @@ def test_an_evaluation_is_shared_among_processes_and_recorded(cluster):
     code, said, calls = cluster("evaluate.sbatch", cluster.root)
     assert code == 0, said
     first, second = calls.splitlines()
-    assert first.startswith("torchrun --nnodes 2 --nproc_per_node 3 ") and f"-m ctdiffusion.evaluation.evaluation {cluster.root / 'mask-s0'} -r data_root" in first
+    assert first.startswith("torchrun --nnodes 2 --nproc_per_node 3 ") and "-m ctdiffusion.evaluation.evaluation -r data_root" in first and f"-r run_dir {cluster.root / 'mask-s0'} " in first
     assert second.startswith("papermill ")
     task = named(plan(ReproduceJob(root=str(cluster.root), variants="mask", **CPU)), "evaluate-mask-s0")
     for made in task.makes: made.parent.mkdir(parents=True); made.touch()
