@@ -6,7 +6,7 @@
 __all__ = ['Patient', 'grid_of', 'patients', 'kept_steps', 'check_model', 'synthesize_patient', 'judge_patient', 'by_patient',
            'distance_name', 'measure', 'training_hours', 'preset_of', 'machine', 'document', 'keep_slices', 'evaluate']
 
-# %% ../../nbs/56_measure.ipynb #ad679ecf
+# %% ../../nbs/56_measure.ipynb #f4b067ff
 import hashlib, io, json, os, platform, re, shutil, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,7 +24,7 @@ from .distance import Features, Inception, distance
 from .judge import Judge, judge_volume, square_grid, write_slices
 from .quality import bootstrap, dice, psnr, ssim, to_bytes
 from .results import FORMAT, mean_dice, milestone, read_results, write_results
-from ..models.variants import PRESETS, ModelConfig, preset
+from ..models.variants import PRESETS, VARIANTS, ModelConfig, preset
 from ..synthesis.gallery import air_noise
 from ..synthesis.synthesis import Model, finished, load, pieces, sidecar
 from ..training.folder import environment
@@ -220,7 +220,7 @@ def keep_slices(path: str | Path, patients: Sequence[Patient], slices: Sequence[
     np.savez_compressed(file, **{p.id: to_bytes(s) for p, s in zip(patients, slices)})
     return atomic_write(path, file.getvalue())
 
-# %% ../../nbs/56_measure.ipynb #5ac314c7
+# %% ../../nbs/56_measure.ipynb #0d7b938d
 def evaluate(
     run_dir: str | Path,
     step: int,                        # whose weights
@@ -239,16 +239,17 @@ def evaluate(
     run, model, folder = json.loads((Path(run_dir) / "run.json").read_text()), load(run_dir, device, step), Path(run_dir) / "evaluation" / f"step_{step:08d}"
     check_model(model, store)
     cases, slices, start, path = patients(store, first), [], time.monotonic(), folder / "results.json"
-    job = dict(checkpoint=model.sha256, sampler=sampler or model.sampler, judge=judge and judge.protocol, features=features and features.protocol, data=dict(name=name, hash=store.hash))
+    walk = (sampler or model.sampler) if VARIANTS[run["variant"]].family == "diffusion" else "one pass"
+    job = dict(checkpoint=model.sha256, sampler=walk, judge=judge and judge.protocol, features=features and features.protocol, data=dict(name=name, hash=store.hash))
     if path.exists():
         old = read_results(path)
         if all(old[k] == v for k, v in job.items()) and old["n"]["patients"] == len(cases): say(f"{path}: found finished"); return path
     for k, p in enumerate(cases, 1):
         slices.append(synthesize_patient(model, p, folder, run["seed"], sampler, batch))
-        say(f"step {step:,}: {k} of {len(cases)} patients, {sum(map(len, slices))} slices, sampler {job['sampler']}, {time.monotonic() - start:.0f} s")
+        say(f"step {step:,}: {k} of {len(cases)} patients, {sum(map(len, slices))} slices, sampler {walk}, {time.monotonic() - start:.0f} s")
     keep_slices(folder / "slices.npz", cases, slices)
     found = [judge_patient(judge, p, s, folder, model.level, model.width, store.table) for p, s in zip(cases, slices)] if judge else ()
     seconds = sum(json.loads(sidecar(folder / f"{p.id}.npy").read_text())["seconds"] for p in cases)
     facts = dict(milestone=milestone(step, max(run["train"]["max_steps"], step)), preset=preset_of(run), seed=run["seed"], step=step, start=run["init"], config=run["config"],
-                 hours=dict(training=training_hours(run_dir, step), sampling=seconds / 3600), checkpoint=model.sha256, sampler=job["sampler"])
+                 hours=dict(training=training_hours(run_dir, step), sampling=seconds / 3600), checkpoint=model.sha256, sampler=walk)
     return write_results(path, document(run["variant"], measure(cases, slices, found, features, cache, store.table, model.width), store, name, judge, features, **facts))
