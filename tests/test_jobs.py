@@ -210,7 +210,7 @@ def test_a_reproduction_from_nothing_and_again(nbs, tmp_path, monkeypatch):
         done = reproduce(nbs, tmp_path / f"{name}.ipynb", "-p", "root", there, "-p", "variants", "mask,pix2pix", "-p", "workers", 2, "-p", "device", "cpu")
         assert done.returncode == 0, done.stderr[-2000:]
     assert time.monotonic() - clock < 60
-    assert {f.name for f in (there / "report").iterdir()} == {"claims.md", "figure3.png", "figure4.png"} | {f"table{n}.{k}" for n in (1, 2) for k in ("csv", "md", "tex", "html")}
+    assert {f.name for f in (there / "report").iterdir()} == {"claims.md", "differences.md", "figure3.png", "figure4.png"} | {f"table{n}.{k}" for n in (1, 2) for k in ("csv", "md", "tex", "html")}
     assert len((there / "mask-s0" / "begun").read_text().split()) == 1
     assert "5 of 5 tasks are done already" in (tmp_path / "second.ipynb").read_text()
 

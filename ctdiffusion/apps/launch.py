@@ -15,11 +15,12 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 
 from .jobs import ReproduceJob, Task, notebooks, state, trained
 from ..data.labels import CTDiffusionError, atomic_write
 from ..data.store import Store
-from ..evaluation.claims import DESIGNS, verdicts
+from ..evaluation.claims import DESIGNS, against, verdicts
 from ..evaluation.report import figure3, figure4, markdown_text, table, write_table
 from ..evaluation.results import METHODS, MILESTONES, read_results
 from ..training.trainer import span
@@ -163,6 +164,10 @@ def figures(store: Store, pictures: dict[tuple, Path]) -> dict:
     return dict(figure3=figure3(masks[most], early, store.table),
                 figure4=figure4(masks[at], truth[at] / np.float32(255), {v: made[last, v][at] for v in METHODS if (last, v) in made}, at, store.table))
 
+def _markdown(frame: pd.DataFrame) -> str:
+    rows = [[markdown_text(h) for h in frame], ["---"] * frame.shape[1], *[[markdown_text(x) for x in row] for row in frame.to_numpy().tolist()]]
+    return "".join("| " + " | ".join(row) + " |\n" for row in rows)
+
 def report(tasks: Sequence[Task], job: ReproduceJob) -> dict:
     "Tables 1 and 2, Figures 3 and 4 and the verdicts on the claims, from what is there; written to root/report."
     ours = [m for t in tasks if t.kind == "evaluate" for m in t.makes if m.exists()]
@@ -174,6 +179,6 @@ def report(tasks: Sequence[Task], job: ReproduceJob) -> dict:
     for t in tables.values(): write_table(out, t)
     for name, fig in drawn.items(): fig.savefig(out / f"{name}.png", dpi=150); plt.close(fig)
     claims = verdicts([read_results(p) for p in ours])
-    rows = [list(claims), ["---"] * claims.shape[1], *claims.to_numpy().tolist()]
-    atomic_write(out / "claims.md", "\n".join("| " + " | ".join(markdown_text(x) if x != "---" else x for x in row) + " |" for row in rows) + "\n")
-    return tables | drawn | dict(claims=claims, files=sorted(out.iterdir()))
+    gaps = against([read_results(p) for p in ours])
+    for name, frame in dict(claims=claims, differences=gaps.rename_axis("minus mask-guided").reset_index()).items(): atomic_write(out / f"{name}.md", _markdown(frame))
+    return tables | drawn | dict(claims=claims, differences=gaps, files=sorted(out.iterdir()))
