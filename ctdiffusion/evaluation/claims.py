@@ -111,6 +111,8 @@ def against(
         mean = lambda side: np.mean([value(r, column.key) for r in side])
         gap, bounds, d = mean(rows) - mean(found[reference, at]), difference(rows, found[reference, at], column.key), column.digits
         return "–" if np.isnan(gap) else f"{gap:+.{d}f}" + (f" [{bounds[0]:+.{d}f}, {bounds[1]:+.{d}f}]" if bounds else "")
+    called = next((r["metrics"].get("distance_name") for r in results if r["metrics"].get("distance_name")), "FID")
+    heads = [called if c.key == "distance" else c.header for c in columns]
     others = [m for m in METHODS if m != reference and (m, at) in found]
-    if (reference, at) not in found: return pd.DataFrame(columns=[c.header for c in columns])
-    return pd.DataFrame([[text(found[m, at], c) for c in columns] for m in others], [METHODS[m] for m in others], [c.header for c in columns])
+    if (reference, at) not in found: return pd.DataFrame(columns=heads)
+    return pd.DataFrame([[text(found[m, at], c) for c in columns] for m in others], [METHODS[m] for m in others], heads)
