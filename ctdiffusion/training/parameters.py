@@ -9,7 +9,7 @@ __all__ = ['coerce', 'check_parameters', 'given_names', 'Job', 'scaled', 'TrainJ
 import ast, json, math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
-from difflib import get_close_matches
+from difflib import SequenceMatcher
 from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
@@ -51,8 +51,9 @@ def check_parameters(
     "The job that was asked for, or one error with everything that is wrong and the nearest valid names."
     types, values, wrong = get_type_hints(job), {}, []
     names = [f.name for f in fields(job)]
+    alike = lambda given, name: max(SequenceMatcher(None, given, word).ratio() for word in (name, *name.split("_")))
     for name, value in given.items():
-        if name not in names: wrong.append(f"{name}={value!r} (did you mean {get_close_matches(name, names, 1, cutoff=0)[0]}?)")
+        if name not in names: wrong.append(f"{name}={value!r} (did you mean {max(names, key=lambda n: alike(name, n))}?)")
         elif value is not None and value != "":
             try: values[name] = coerce(value, types[name])
             except ValueError: wrong.append(f"{name}={value!r} (not {_NAMED[types[name]]})")
