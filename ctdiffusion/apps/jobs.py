@@ -54,7 +54,7 @@ class ReproduceJob(Job):
     def __post_init__(self):
         one_of(self.preset, SIZES, "preset"); one_of(self.where, WHERE, "where"); one_of(self.spent, BUDGETS if self.preset == "demo" else ["full"], "budget")
         for v in self.methods: one_of(v, VARIANTS, "variants")
-        if self.seeds < 1 or self.workers < 0: raise CTDiffusionError("seeds, workers", f"{self.seeds}, {self.workers}", "1 or more, 0 or more", "Correct them.")
+        self.at_least(seeds=1)
         if self.preset == "paper" and not self.data_root:
             raise CTDiffusionError("data_root", "nothing", "the folder of AMOS22", "Pass -p data_root PATH (data_instructions.md says where to get it), or take the preset demo or small.")
 

@@ -9,7 +9,7 @@ __all__ = ['JUDGES', 'EvaluateJob', 'judge_of', 'features_of', 'share', 'synthes
 # %% ../../nbs/58_evaluation.ipynb #30548662
 import json, os, sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -57,8 +57,7 @@ class EvaluateJob(Job):
     def __post_init__(self):
         one_of(self.judge, JUDGES, "judge"); one_of(self.judge_mode, MODES, "judge_mode")
         if self.sampler: parse_sampler(self.sampler, make_schedule())
-        for f in fields(self):
-            if f.type in (int, "int") and getattr(self, f.name) < (f.name == "batch"): raise CTDiffusionError(f.name, f"{getattr(self, f.name)}", f"{int(f.name == 'batch')} or more", "Correct the parameter.")
+        self.at_least(batch=1)
 
     def folder(self, kind: str) -> Path:  # "data_root", "store" or "shared"
         "As given, or below the run."

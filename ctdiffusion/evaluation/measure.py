@@ -22,7 +22,7 @@ from ..data.store import Store
 from ..data.volumes import Source, Volume, read_labels, sha256_file, to_ras
 from .distance import Features, Inception, distance
 from .judge import Judge, judge_volume, square_grid, write_slices
-from .quality import bootstrap, dice, psnr, ssim, to_bytes
+from .quality import bootstrap, dice, hu_errors, psnr, ssim, to_bytes
 from .results import FORMAT, mean_dice, milestone, read_results, write_results
 from ..models.variants import PRESETS, VARIANTS, ModelConfig, preset
 from ..synthesis.gallery import air_noise
@@ -150,7 +150,7 @@ def measure(
     cache: str | Path | None = None,   # folder for the features of the real slices
     table: ClassTable = AMOS,
     width: float = 400.0,              # HU from black to white
-) -> dict:                             # n, metrics, intervals and cases of a result
+) -> dict:                             # n, metrics, intervals, cases and hu of a result
     "Every number of a row, its interval over patients, and the numbers of each patient."
     counts, given = [len(p.masks) for p in patients], [len(s) for s in slices]
     if counts != given: raise CTDiffusionError("evaluation", f"{given} slices of the patients", f"{counts}, one for each mask", "Synthesise those that are missing.")
@@ -170,7 +170,7 @@ def measure(
     if d and d.interval: intervals |= dict(distance=list(d.interval), kid=list(d.kid_interval))
     named = dict(distance=d and d.value, distance_name=d and distance_name(features), kid=d and d.kid)
     n = dict(patients=len(patients), slices=len(real), volumes={o: int(sum(np.isfinite(x).all() for x in v.values())) for o, v in organs.items()})
-    return dict(n=n, metrics=named | {k: whole[k] for k in scores} | air | _dices({o: whole[o] for o in organs}), intervals=intervals, cases=cases)
+    return dict(n=n, metrics=named | {k: whole[k] for k in scores} | air | _dices({o: whole[o] for o in organs}), intervals=intervals, cases=cases, hu=hu_errors(real, fake, masks, table))
 
 # %% ../../nbs/56_measure.ipynb #69892146
 def training_hours(run_dir: str | Path, step: int) -> float:

@@ -88,6 +88,11 @@ class Job:
         space["_taken"] = True
         return check_parameters(given, cls)
 
+    def at_least(self, **least: int) -> None:
+        "Refuse a number below 0, or below what is said of it."
+        for name, value in vars(self).items():
+            if isinstance(value, (int, float)) and value < least.get(name, 0): raise CTDiffusionError(name, f"{value}", f"{least.get(name, 0)} or more", "Correct the parameter.")
+
 # %% ../../nbs/35_parameters.ipynb #3728d228
 def scaled(
     last: int,             # steps of a whole run
@@ -120,8 +125,7 @@ class TrainJob(Job):
     def __post_init__(self):
         one_of(self.variant, VARIANTS, "variant"); one_of(self.preset, PRESETS, "preset")
         if self.sampler: parse_sampler(self.sampler, make_schedule())
-        for f in fields(self):
-            if f.type in (int, float, "int", "float") and getattr(self, f.name) < 0: raise CTDiffusionError(f.name, f"{getattr(self, f.name)}", "0 or more", "Correct the parameter.")
+        self.at_least()
 
     def config(self) -> Preset:
         "The preset with what was given in place of its own values."
