@@ -14,12 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from .reverse import eps_from_velocity, p_mean_variance, predict_eps
-from .schedule import Schedule, gather
+from .schedule import Schedule, gather, on_device
 
 # %% ../../nbs/13_samplers.ipynb #e9d6e839
-Model = Callable[[Tensor, Tensor], Tensor]  # xt (B, C, H, W) and indices t (B,) -> eps and v, (B, 2C, H, W)
-Noise = Callable[[int], Tensor]             # noise(T) is x_T, noise(k) the z of step k
-Callback = Callable[[dict], None]           # sees every step: k, t, xt (before the step), x0 (guessed there)
+# xt (B, C, H, W) and indices t (B,) -> eps and v, (B, 2C, H, W)
+Model = Callable[[Tensor, Tensor], Tensor]
+# noise(T) is x_T, noise(k) the z of step k; like xt, standard normal
+Noise = Callable[[int], Tensor]
+# sees every step: k, t (the step of training), xt (before the step), x0 (guessed there)
+Callback = Callable[[dict], None]
 
 def eps_model(
     net: nn.Module,       # called as net(xt, t, cond), gives (B, 2C, H, W)
@@ -29,7 +32,8 @@ def eps_model(
 ) -> Model:
     "The network as eq. (5) wants it: indices in, eps and v out."
     def model(xt: Tensor, t: Tensor) -> Tensor:
-        out, v = net(xt, torch.as_tensor(schedule.timesteps).to(t.device)[t], cond).float().chunk(2, dim=1)
+        steps = on_device(schedule.timesteps, torch.long, t.device)
+        out, v = net(xt, steps[t], cond).float().chunk(2, dim=1)
         if target == "velocity": out = eps_from_velocity(out, xt, t, schedule)
         return torch.cat([out, v], dim=1)
     return model

@@ -27,7 +27,7 @@ def half_log_snr(
     "lambda = log(sqrt(alpha_bar) / sqrt(1 - alpha_bar)), DPM-Solver++ §2."
     with np.errstate(divide="ignore"): return 0.5 * (np.log(alpha_bar) - np.log1p(-np.asarray(alpha_bar)))
 
-# %% ../../nbs/14_solvers.ipynb #abaaff74
+# %% ../../nbs/14_solvers.ipynb #47770c75
 def log_snr_steps(
     schedule: Schedule,
     count: int,      # how many to keep, both ends among them
@@ -39,7 +39,7 @@ def log_snr_steps(
     for i in range(1, count): nearest[i] = min(max(nearest[i], nearest[i - 1] + 1), schedule.T - count + i)
     return nearest
 
-# %% ../../nbs/14_solvers.ipynb #1cfcc474
+# %% ../../nbs/14_solvers.ipynb #541824bb
 def extrapolate(
     x0: Tensor,             # the guess at x0 here
     before: Tensor | None,  # the guess one stride earlier; None: there is none
@@ -49,7 +49,7 @@ def extrapolate(
     # to the slice itself h is infinite, and a line does not reach that far: first order, as in the reference code
     return x0 if before is None or not np.isfinite(stride) else x0 + stride / (2 * stride_before) * (x0 - before)
 
-# %% ../../nbs/14_solvers.ipynb #c918fd39
+# %% ../../nbs/14_solvers.ipynb #84d6c382
 def strides(
     schedule: Schedule,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # (T,) each: sigma_t / sigma_s, alpha_t and h = lambda_t - lambda_s
@@ -57,33 +57,45 @@ def strides(
     here, below = schedule.alpha_bar, schedule.alpha_bar_prev
     return np.sqrt((1 - below) / (1 - here)), np.sqrt(below), half_log_snr(below) - half_log_snr(here)
 
-# %% ../../nbs/14_solvers.ipynb #cfc5ae4e
+# %% ../../nbs/14_solvers.ipynb #9efd2d4e
+def _guess(model: Model, x: Tensor, t: Tensor, schedule: Schedule, clip: bool) -> Tensor: return p_mean_variance(model(x, t), x, t, schedule, clip).x0
+
 @torch.no_grad()
 def sample_dpm(model: Model, noise: Noise, schedule: Schedule, clip: bool = True, callback: Callback | None = None) -> Tensor:
     "DPM-Solver++(2M): the guess is carried along a straight line in log-SNR, Lu et al. 2022, algorithm 2."
     x, before, (ratio, alpha, h) = noise(schedule.T), None, strides(schedule)
     for k, t in countdown(schedule, x):
-        x0 = p_mean_variance(model(x, t), x, t, schedule, clip).x0
+        x0 = _guess(model, x, t, schedule, clip)
         middle = extrapolate(x0, before, h[k], h[min(k + 1, schedule.T - 1)])
         xt, x, before = x, ratio[k] * x + alpha[k] * -np.expm1(-h[k]) * middle, x0
         if callback: callback(dict(k=k, t=int(schedule.timesteps[k]), xt=xt, x0=x0))
     return x
 
-# %% ../../nbs/14_solvers.ipynb #ec265576
+# %% ../../nbs/14_solvers.ipynb #7e6c464b
 @torch.no_grad()
 def sample_sde(model: Model, noise: Noise, schedule: Schedule, clip: bool = True, callback: Callback | None = None) -> Tensor:
     "SDE-DPM-Solver++(2M): as `sample_dpm`, with new noise at every stride but the last, Lu et al. 2022, eq. (18)."
     x, before, (ratio, alpha, h) = noise(schedule.T), None, strides(schedule)
     for k, t in countdown(schedule, x):
-        x0 = p_mean_variance(model(x, t), x, t, schedule, clip).x0
+        x0 = _guess(model, x, t, schedule, clip)
         middle, new = extrapolate(x0, before, h[k], h[min(k + 1, schedule.T - 1)]), -np.expm1(-2 * h[k])
         sigma = np.sqrt((1 - schedule.alpha_bar_prev[k]) * new)
         xt, x, before = x, ratio[k] * np.exp(-h[k]) * x + alpha[k] * new * middle + sigma * (noise(k) if k else 0.0), x0
         if callback: callback(dict(k=k, t=int(schedule.timesteps[k]), xt=xt, x0=x0))
     return x
 
-# %% ../../nbs/14_solvers.ipynb #34b7eadf
+# %% ../../nbs/14_solvers.ipynb #ece03a23
 SOLVERS = {"": sample_ancestral, "ddim": sample_ddim, "dpm": sample_dpm, "sde": sample_sde}
+
+def _words(sampler: str) -> tuple[str, str, str]:
+    "Solver, count and grid of a name."
+    name = re.fullmatch(r"(ddim|dpm|sde|)([\d,]+)(?:-(time|logsnr))?", sampler)
+    if not name: raise CTDiffusionError(f"sampler {sampler!r}", "no such sampler", "'ancestral', '250', '10,15,25', 'ddim50', 'dpm15' or 'sde15', also with -logsnr or -time", "Correct the name.")
+    return name[1], name[2], name[3] or ("logsnr" if name[1] in ("dpm", "sde") else "time")
+
+def _even_in_log_snr(schedule: Schedule, count: str, sampler: str) -> Schedule:
+    if not count.isdecimal(): raise CTDiffusionError(f"sampler {sampler!r}", f"{count!r} steps even in log-SNR", "one count", "Use sections only with an even grid in t.")
+    return keep_steps(schedule, log_snr_steps(schedule, int(count)))
 
 def parse_sampler(
     sampler: str,        # "ancestral", "250", "ddim50", "ddim", "dpm15", "sde15", "15-logsnr", "dpm15-time"
@@ -91,13 +103,11 @@ def parse_sampler(
 ) -> tuple[Callable[..., Tensor], Schedule]:  # the sampling function and the walk it takes
     "What a sampler's name stands for; raises where the walk cannot be had."
     if sampler in ("ancestral", "ddim"): return SOLVERS[sampler.removeprefix("ancestral")], schedule
-    name = re.fullmatch(r"(ddim|dpm|sde|)([\d,]+)(?:-(time|logsnr))?", sampler)
-    if not name: raise CTDiffusionError(f"sampler {sampler!r}", "no such sampler", "'ancestral', '250', '10,15,25', 'ddim50', 'dpm15' or 'sde15', also with -logsnr or -time", "Correct the name.")
-    solver, count, grid = name[1], name[2], name[3] or ("logsnr" if name[1] in ("dpm", "sde") else "time")
-    if grid == "time": return SOLVERS[solver], respace(schedule, f"ddim{count}" if solver == "ddim" else count)
-    if not count.isdecimal(): raise CTDiffusionError(f"sampler {sampler!r}", f"{count!r} steps even in log-SNR", "one count", "Use sections only with an even grid in t.")
-    return SOLVERS[solver], keep_steps(schedule, log_snr_steps(schedule, int(count)))
+    solver, count, grid = _words(sampler)
+    if grid == "logsnr": return SOLVERS[solver], _even_in_log_snr(schedule, count, sampler)
+    return SOLVERS[solver], respace(schedule, f"ddim{count}" if solver == "ddim" else count)
 
+# %% ../../nbs/14_solvers.ipynb #1b35c11d
 def sample(
     net: nn.Module, cond: Any,    # called as net(xt, t, cond)
     noise: Noise,

@@ -39,7 +39,7 @@ class Half(nn.Module):
     @property
     def nbytes(self) -> int: return self.map.nbytes
 
-# %% ../../nbs/26_cache.ipynb #377b5978
+# %% ../../nbs/26_cache.ipynb #369c1a12
 def first_known(
     norm: GroupNorm,
     known: int,  # how many of the last channels the mask alone decides
@@ -55,13 +55,14 @@ def norm_of(norm: GroupNorm, start: int, stop: int) -> GroupNorm:
     part._parameters = dict(weight=nn.Parameter(norm.weight[start:stop], False), bias=nn.Parameter(norm.bias[start:stop], False))
     return part
 
-# %% ../../nbs/26_cache.ipynb #13978cfe
+# %% ../../nbs/26_cache.ipynb #ab30a4f9
 def swap(module: nn.Module, **parts: nn.Module) -> nn.Module:
     "A twin of a module with some other parts; the original keeps its own."
     twin = copy(module)
     twin._modules = module._modules | parts
     return twin
 
+# %% ../../nbs/26_cache.ipynb #2a7569bc
 def half_block(
     block: ResBlock,
     known: Tensor,  # (B,c,H,W), the last c of its input channels
@@ -75,7 +76,7 @@ def half_block(
     inner = nn.Sequential(norm_of(norm, 0, at), silu, Half(conv, seen))
     return swap(block, inner=inner, skip=Half(block.skip, known[:, wanted:])), wanted
 
-# %% ../../nbs/26_cache.ipynb #4154f920
+# %% ../../nbs/26_cache.ipynb #f117e04c
 def _half_level(down: DownLevel, up: UpLevel, m: Tensor) -> tuple[DownLevel, UpLevel, Tensor | None, int]:
     "Both sides of a level, the part of its guide that they still want, and the bytes that are kept for it."
     first, wanted = half_block(up.blocks[0].res, m)
@@ -85,6 +86,7 @@ def _half_level(down: DownLevel, up: UpLevel, m: Tensor) -> tuple[DownLevel, UpL
     blocks = swap(up.blocks, **{"0": swap(up.blocks[0], res=first)})
     return swap(down, down=conv), swap(up, blocks=blocks), packed(m[:, :wanted], down.down.weight) if wanted else None, kept
 
+# %% ../../nbs/26_cache.ipynb #369a9c49
 def _known_unet(unet: UNet, cond: Cond, room: int) -> tuple[UNet, Cond]:
     "The U-Net with all shares of this mask filled in, and what is left of the mask."
     parts, guide, n = {"encoder": {}, "decoder": {}}, list(cond.guide), len(unet.encoder)
@@ -97,6 +99,7 @@ def _known_unet(unet: UNet, cond: Cond, room: int) -> tuple[UNet, Cond]:
     levels = {name: swap(getattr(unet, name), **new) for name, new in parts.items()}
     return swap(unet, stem=stem, **levels), Cond(None, tuple(guide))
 
+# %% ../../nbs/26_cache.ipynb #ede3ed3b
 @torch.no_grad()
 def remember(
     net: nn.Module,
