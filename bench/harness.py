@@ -1,0 +1,161 @@
+"""Fair timing on a machine that others use, too: interleaved calls, quiet ones only, a matrix product beside each.
+
+A benchmark hands its competitors to `interleave` and what comes back to `report`:
+
+    rows = interleave({"ours": ours, "theirs": theirs})
+    report("one network step", rows, "nbs/results/bench-network.json", batch=8)
+"""
+import argparse, importlib, json, os, platform, resource, time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import median
+from types import ModuleType
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from ctdiffusion.data.labels import atomic_write
+from ctdiffusion.training.folder import environment
+
+
+def processor() -> str:
+    "The name of the CPU, where the system tells it."
+    path = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in path.read_text().splitlines() if line.startswith("model name")] if path.exists() else []
+    return names[0] if names else platform.processor()
+
+
+def busy() -> float | None:
+    "CPU seconds that the whole machine has worked (or was kept from working by a hypervisor) since it was started; None where nobody counts."
+    try: ticks = [int(n) for n in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+    except (OSError, ValueError): return None
+    user, nice, system, idle, waiting, irq, soft, stolen = (*ticks, *[0] * 8)[:8]
+    return (user + nice + system + irq + soft + stolen) / os.sysconf("SC_CLK_TCK") if idle else None
+
+
+def spent() -> float:
+    "CPU seconds of this process, all its threads, and of its children that have ended."
+    children = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return time.process_time() + children.ru_utime + children.ru_stime
+
+
+_SQUARE: list[torch.Tensor] = []
+
+def matmul(n: int = 2048) -> float:
+    "GFLOP/s of one float32 matrix product, n x n: what the machine gives at this moment."
+    if not _SQUARE or len(_SQUARE[0]) != n: _SQUARE[:] = torch.rand(n, n), torch.rand(n, n), torch.zeros(n, n)
+    a, b, c = _SQUARE
+    start = time.perf_counter()
+    torch.mm(a, b, out=c)
+    return 2 * n ** 3 / (time.perf_counter() - start) / 1e9
+
+
+def measure(
+    call: Callable[[], object],
+    times: int,  # in a row, so that the machine's clock ticks (10 ms) are fine enough
+    sync: Callable[[], object] | None, machine: Callable[[], float | None], own: Callable[[], float],
+) -> dict:       # wall and CPU seconds of one call, and others' share of all CPUs meanwhile (None: unknown)
+    "One measurement."
+    if sync: sync()
+    before, mine, start = machine(), own(), time.perf_counter()
+    for _ in range(times): call()
+    if sync: sync()
+    wall, mine, after = time.perf_counter() - start, own() - mine, machine()
+    foreign = None if before is None or after is None else max(0.0, after - before - mine) / (wall * (os.cpu_count() or 1))
+    return dict(seconds=wall / times, cpu=mine / times, foreign=foreign)
+
+
+def interleave(
+    calls: dict[str, Callable[[], object]],
+    repeats: int = 5,         # quiet calls wanted of each
+    quiet: float = 0.025,     # largest share of all CPUs that others may use meanwhile
+    patience: float = 300,    # seconds for everything, the warm-up apart
+    sync: Callable[[], object] | None = None,  # waits for the device
+    least: float = 0.5,       # seconds: a shorter call is made several times in a row, and the mean is one measurement
+    reference: Callable[[], float] | None = matmul,  # GFLOP/s of something known, measured before and after every call
+    machine: Callable[[], float | None] = busy,      # CPU seconds of all processes
+    own: Callable[[], float] = spent,                # CPU seconds of the call's processes
+) -> dict[str, dict]:
+    "Every call once to warm up, then round after round in the same order, until each was quiet `repeats` times or patience is over."
+    times = {}
+    for name, call in calls.items():
+        call()
+        once = measure(call, 1, sync, machine, own)["seconds"] if least else 1
+        times[name] = max(1, round(least / once))
+    made, rate = {name: [] for name in calls}, reference() if reference else None
+    kept = lambda name: [m for m in made[name] if m["foreign"] is None or m["foreign"] <= quiet]
+    end = time.perf_counter() + patience
+    while (short := [name for name in calls if len(kept(name)) < repeats]) and (time.perf_counter() < end or not made[short[0]]):
+        for name in short:
+            one, before = measure(calls[name], times[name], sync, machine, own), rate
+            rate = reference() if reference else None
+            made[name].append(one | dict(matmul=(before + rate) / 2 if reference else None))
+    return {name: _summary(made[name], kept(name), repeats) for name in calls}
+
+
+def _summary(made: list[dict], kept: list[dict], repeats: int) -> dict:
+    "Medians of the quiet calls; where there are too few of them, that the CPU's seconds (medians of all calls) are the ones to read."
+    enough, walls = len(kept) >= repeats, kept or made
+    wall, rates, foreign = [m["seconds"] for m in walls], [m["matmul"] for m in walls if m["matmul"]], [m["foreign"] for m in walls]
+    return dict(seconds=median(wall), low=min(wall), high=max(wall), cpu=median(m["cpu"] for m in (kept if enough else made)), kept=len(kept), dropped=len(made) - len(kept),
+        matmul=median(rates) if rates else None, foreign=None if None in foreign else median(foreign), read="seconds" if enough else "cpu")
+
+
+def seconds(row: dict) -> float:
+    "The time of a row that is to be read."
+    return row[row["read"]]
+
+
+def flops(call: Callable[[], object]) -> int:
+    "Floating-point operations of a call (a multiply-add is two), counted while it computes."
+    with FlopCounterMode(display=False) as counter: call()
+    return counter.get_total_flops()
+
+
+def optional(module: str, package: str | None = None) -> ModuleType | None:
+    "A competitor's module, or None and a line that says who is missing."
+    try: return importlib.import_module(module)
+    except ImportError as e:
+        print(f"MISSING: {package or module} ({e}); it is left out. pip install -r bench/requirements.txt")
+        return None
+
+
+def table(rows: dict[str, dict]) -> Iterator[str]:
+    "Lines of a table: one row a competitor, its plain values in the order they came."
+    keys = list(dict.fromkeys(k for row in rows.values() for k, v in row.items() if not isinstance(v, (dict, list, tuple))))
+    say = lambda v: "-" if v is None else f"{v:.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) and not isinstance(v, bool) else str(v)
+    cells = [["", *keys], *([name, *(say(row.get(k)) for k in keys)] for name, row in rows.items())]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    for line in cells: yield "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
+
+
+def report(
+    name: str,                # of the benchmark
+    rows: list[dict] | dict,  # one for each competitor
+    out: str | None,          # JSON file to write
+    **about,                  # whatever else belongs to the result
+) -> dict:                    # what was written
+    "Print a table and say what it is worth; write it with the processor, threads and environment."
+    named = rows if isinstance(rows, dict) else {str(i): row for i, row in enumerate(rows)}
+    where = dict(processor=processor(), cpus=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__)
+    print(f"\n{name}\n{where['processor']}, {where['threads']} of {where['cpus']} CPUs, torch {where['torch']}", *table(named), sep="\n", flush=True)
+    noisy = [n for n, row in named.items() if row.get("read") == "cpu"]
+    if noisy: print(f"NOT QUIET: {', '.join(noisy)}: others used the CPUs during too many calls. Read the CPU seconds (they hold with --threads 1), or repeat.")
+    if any(row.get("read") and row.get("foreign") is None for row in named.values()): print("Nobody counts what others used here: every call was kept.")
+    whole = dict(benchmark=name, **about, rows=rows, **where, environment=environment())
+    if out:
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        atomic_write(Path(out), json.dumps(whole, indent=1) + "\n")
+    return whole
+
+
+def arguments(doc: str, **defaults) -> argparse.ArgumentParser:
+    "A parser with what all benchmarks understand; `defaults` change those."
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=5, help="quiet calls of each competitor")
+    parser.add_argument("--quiet", type=float, default=0.025, help="largest share of all CPUs that others may use during a call")
+    parser.add_argument("--patience", type=float, default=300, help="seconds after which noisy calls are taken, too")
+    parser.add_argument("--threads", type=int, default=0, help="of the CPU; 0: torch's choice")
+    parser.add_argument("--out", help="JSON file")
+    parser.set_defaults(**defaults)
+    return parser
