@@ -6,6 +6,7 @@
 __all__ = ['STATES', 'State', 'Denoising', 'Contest', 'begin']
 
 # %% ../../nbs/33_state.ipynb #661d0c95
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -76,7 +77,11 @@ class State:
         "x0 and masks of this step, this process's share."
         return fetch(self.bytes, batch_rows(self.rows, self.config.batch, self.step, self.seed, self.rank, self.world), self.device)
 
-    def gaussian(self, n: int, *shape: int) -> Tensor: return torch.randn(n, *shape, generator=generator(self.seed, self.step, "noise", self.rank)).to(self.device)
+    def part(self, purpose: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        "This process's share of what is drawn for the whole batch: how many processes there are changes no slice's draw."
+        return draw(generator(self.seed, self.step, purpose))[self.rank::self.world]
+
+    def gaussian(self, n: int, *shape: int) -> Tensor: return self.part("noise", lambda g: torch.randn(n * self.world, *shape, generator=g)).to(self.device)
 
     def descend(self, who: str) -> None:
         "Gradients are there: clip them, set the rate, let that player's Adam step."
@@ -133,8 +138,8 @@ class Denoising(State):
 
     def train_step(self) -> None:
         (x0, mask), eps = self.slices(), self.gaussian(self.config.batch // self.world, 1, self.model.size, self.model.size)
-        t, _ = UniformTimesteps(self.schedule.T).sample(len(x0), generator(self.seed, self.step, "timesteps", self.rank))
-        if self.config.label_drop: mask = drop_labels(mask, keep_labels(len(mask), generator(self.seed, self.step, "label drop", self.rank), self.config.label_drop))
+        t = self.part("timesteps", lambda g: UniformTimesteps(self.schedule.T).sample(self.config.batch, g)[0])
+        if self.config.label_drop: mask = drop_labels(mask, self.part("label drop", lambda g: keep_labels(self.config.batch, g, self.config.label_drop)))
         if self.model.dropout: torch.manual_seed(generator(self.seed, self.step, "dropout", self.rank).initial_seed())
         losses = losses_of(self.denoise, x0, mask, upload(t, self.device), eps, self.schedule, self.model.target, self.config.vlb).mean(0)
         losses[0].backward()
@@ -164,7 +169,7 @@ class Contest(State):
     def move(self, who: str, x0: Tensor, mask: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
         "One player pays and learns; the other one's weights are held."
         for name, p in self.whole.named_parameters(): p.requires_grad_(name.split(".")[0] == who)
-        terms = self.whole.losses(who, mask, x0, noise, generator(self.seed, self.step, f"{who}'s draws", self.rank))
+        terms = self.whole.losses(who, mask, x0, noise, generator(self.seed, self.step, f"{who}'s draws"))  # one coin per class, for all processes
         sum(terms.values()).backward()
         self.share(getattr(self.whole, who)); self.descend(who)
         return {name: value.detach() for name, value in terms.items()}
