@@ -81,7 +81,7 @@ class State:
         "This process's share of what is drawn for the whole batch: how many processes there are changes no slice's draw."
         return draw(generator(self.seed, self.step, purpose))[self.rank::self.world]
 
-    def gaussian(self, n: int, *shape: int) -> Tensor: return self.part("noise", lambda g: torch.randn(n * self.world, *shape, generator=g)).to(self.device)
+    def gaussian(self, n: int, *shape: int) -> Tensor: return upload(self.part("noise", lambda g: torch.randn(n * self.world, *shape, generator=g)), self.device)
 
     def descend(self, who: str) -> None:
         "Gradients are there: clip them, set the rate, let that player's Adam step."
@@ -139,7 +139,7 @@ class Denoising(State):
     def train_step(self) -> None:
         (x0, mask), eps = self.slices(), self.gaussian(self.config.batch // self.world, 1, self.model.size, self.model.size)
         t = self.part("timesteps", lambda g: UniformTimesteps(self.schedule.T).sample(self.config.batch, g)[0])
-        if self.config.label_drop: mask = drop_labels(mask, self.part("label drop", lambda g: keep_labels(self.config.batch, g, self.config.label_drop)))
+        if self.config.label_drop: mask = drop_labels(mask, upload(self.part("label drop", lambda g: keep_labels(self.config.batch, g, self.config.label_drop)), self.device))
         if self.model.dropout: torch.manual_seed(generator(self.seed, self.step, "dropout", self.rank).initial_seed())
         losses = losses_of(self.denoise, x0, mask, upload(t, self.device), eps, self.schedule, self.model.target, self.config.vlb).mean(0)
         losses[0].backward()

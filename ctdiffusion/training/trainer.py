@@ -66,7 +66,7 @@ class Trainer:
         if self.rank == 0: cut_metrics(self.run_dir / "metrics.csv", self.step)
         s = self.state
         self.log(f"{'continuing after' if path else 'beginning at'} step {self.step:,} of {self.config.max_steps:,}: {s.model.variant}, {len(s.rows):,} slices, "
-                 f"{s.device}{f', {self.world} processes' if self.world > 1 else ''}, seed {s.seed}; a kill loses at most {self.config.save_every_minutes:g} min")
+                 f"{s.device}{f' ({s.how})' if s.device.type == 'cuda' else ''}{f', {self.world} processes' if self.world > 1 else ''}, seed {s.seed}; a kill loses at most {self.config.save_every_minutes:g} min")
 
     def not_finite(self, what: str, step: int) -> CTDiffusionError:
         s = self.state
@@ -199,12 +199,14 @@ def train(
     say: Callable[[str], object] | None = print,
     val_every: int = 100,           # steps between values of the held-out loss, a multiple of log_every; 0: never
     save_every: int | None = None,  # also save every so many steps
+    keep: bool | None = None,       # all slices in the device's memory? None: on a GPU that has room
+    compile: str = "auto",          # "off", or a backend of torch.compile; "auto": on a GPU, where it pays
     steal_lock: bool = False,       # take the folder over from a silent owner on another computer
 ) -> Result:
     "Begin, continue or find finished the run in `run_dir`: the same call does all three."
     run_dir, first = Path(run_dir), where(device)[1] == 0
     with (RunLock(run_dir, steal_lock) if first else nullcontext()) as lock, Stop(run_dir, config.max_hours) as stop:
-        trainer = Trainer(begin(model, config, store, seed, init, device), run_dir, grid, say, val_every, save_every)
+        trainer = Trainer(begin(model, config, store, seed, init, device, keep, compile), run_dir, grid, say, val_every, save_every)
         with Pulse(trainer.rank, trainer.world, trainer.lost):
             trainer.claim(); trainer.resume()
             if (run_dir / "DONE").exists() and trainer.step >= config.max_steps: reason = "done"
