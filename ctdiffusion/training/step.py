@@ -35,8 +35,9 @@ def fetch(
     device: torch.device = torch.device("cpu"),
 ) -> tuple[Tensor, Tensor]:  # x0 (B,1,H,W) in [-1, 1] and mask (B,H,W) uint8 ids
     "Slices as bytes to the device, or from those that are there; scaled and one-hot encoded there."
-    at = lambda a: a[upload(torch.from_numpy(rows), a.device)] if isinstance(a, Tensor) else upload(torch.from_numpy(a[rows]), device)
-    x, y = at(store.images), at(store.labels)
+    there = isinstance(store.images, Tensor)
+    at = upload(torch.from_numpy(rows), device) if there else rows
+    x, y = (a[at] if there else upload(torch.from_numpy(a[at]), device) for a in (store.images, store.labels))
     return x[:, None].float() / 127.5 - 1, y
 
 # %% ../../nbs/32_step.ipynb #5d10c0a2
