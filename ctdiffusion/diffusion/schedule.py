@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['linear_betas', 'cosine_betas', 'Schedule', 'make_schedule', 'on_device', 'gather', 'q_sample', 'kept_steps',
-           'respace']
+           'keep_steps', 'respace']
 
 # %% ../../nbs/10_schedule.ipynb #a9f1f8ea
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import accumulate
@@ -179,12 +180,19 @@ def _impossible(T: int, steps: str) -> CTDiffusionError:
                             f"The nearest are {' and '.join(f'ddim{n}' for n in sorted(strides[:2]))}.")
 
 # %% ../../nbs/10_schedule.ipynb #32873982
-def respace(
+def keep_steps(
     schedule: Schedule,
-    steps: str,  # as in `kept_steps`
-) -> Schedule:   # the same noise levels at fewer steps
+    kept: Sequence[int],  # increasing indices of the steps that stay
+) -> Schedule:            # the same noise levels at fewer steps
     "A shorter walk through the same noise levels: beta'_k = 1 - alpha_bar_k / alpha_bar_previous kept."
-    kept = kept_steps(schedule.T, steps)
+    kept = np.asarray(kept)
     alpha_bar = schedule.alpha_bar[kept]
     betas = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
     return Schedule(betas, schedule.timesteps[kept], schedule.T_original)
+
+def respace(
+    schedule: Schedule,
+    steps: str,  # as in `kept_steps`
+) -> Schedule:
+    "The walk that `kept_steps` names, as `keep_steps` makes it."
+    return keep_steps(schedule, kept_steps(schedule.T, steps))
