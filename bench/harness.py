@@ -88,8 +88,8 @@ def interleave(
     "Every call once to warm up, then round after round in the same order, until each was quiet `repeats` times or patience is over."
     times = {}
     for name, call in calls.items():
-        call()
-        once = measure(call, 1, sync, machine, own)["seconds"] if least else 1
+        once = measure(call, 1, sync, machine, own)["seconds"]
+        if once < least: once = measure(call, 1, sync, machine, own)["seconds"]  # the first one may have had to fetch and allocate
         times[name] = max(1, round(least / once))
     made, last = {name: [] for name in calls}, rate(reference, own)
     kept = lambda name: [m for m in made[name] if m["foreign"] is None or m["foreign"] <= quiet]
