@@ -12,7 +12,7 @@ from statistics import median
 from types import ModuleType
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from ctdiffusion.data.labels import atomic_write
 from ctdiffusion.training.folder import environment
@@ -37,6 +37,15 @@ def spent() -> float:
     "CPU seconds of this process, all its threads, and of its children that have ended."
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     return time.process_time() + children.ru_utime + children.ru_stime
+
+
+def rate(reference: Callable[[], float] | None, own: Callable[[], float]) -> tuple[float, float] | tuple[None, None]:
+    "What `reference` says, by the clock and by CPU seconds."
+    if not reference: return None, None
+    start, mine = time.perf_counter(), own()
+    by_clock = reference()
+    wall, mine = time.perf_counter() - start, own() - mine
+    return by_clock, by_clock * wall / mine if mine else by_clock
 
 
 _SQUARE: list[torch.Tensor] = []
@@ -79,26 +88,27 @@ def interleave(
     "Every call once to warm up, then round after round in the same order, until each was quiet `repeats` times or patience is over."
     times = {}
     for name, call in calls.items():
-        call()
-        once = measure(call, 1, sync, machine, own)["seconds"] if least else 1
+        once = measure(call, 1, sync, machine, own)["seconds"]
+        if once < least: once = measure(call, 1, sync, machine, own)["seconds"]  # the first one may have had to fetch and allocate
         times[name] = max(1, round(least / once))
-    made, rate = {name: [] for name in calls}, reference() if reference else None
+    made, last = {name: [] for name in calls}, rate(reference, own)
     kept = lambda name: [m for m in made[name] if m["foreign"] is None or m["foreign"] <= quiet]
     end = time.perf_counter() + patience
     while (short := [name for name in calls if len(kept(name)) < repeats]) and (time.perf_counter() < end or not made[short[0]]):
         for name in short:
-            one, before = measure(calls[name], times[name], sync, machine, own), rate
-            rate = reference() if reference else None
-            made[name].append(one | dict(matmul=(before + rate) / 2 if reference else None))
+            one, before = measure(calls[name], times[name], sync, machine, own), last
+            last = rate(reference, own)
+            made[name].append(one | {k: (a + b) / 2 if reference else None for k, a, b in zip(("matmul", "matmul_cpu"), before, last)})
     return {name: _summary(made[name], kept(name), repeats) for name in calls}
 
 
 def _summary(made: list[dict], kept: list[dict], repeats: int) -> dict:
     "Medians of the quiet calls; where there are too few of them, that the CPU's seconds (medians of all calls) are the ones to read."
     enough, walls = len(kept) >= repeats, kept or made
-    wall, rates, foreign = [m["seconds"] for m in walls], [m["matmul"] for m in walls if m["matmul"]], [m["foreign"] for m in walls]
-    return dict(seconds=median(wall), low=min(wall), high=max(wall), cpu=median(m["cpu"] for m in (kept if enough else made)), kept=len(kept), dropped=len(made) - len(kept),
-        matmul=median(rates) if rates else None, foreign=None if None in foreign else median(foreign), read="seconds" if enough else "cpu")
+    middle = lambda key, of: median(m[key] for m in of) if None not in (m[key] for m in of) else None
+    wall = [m["seconds"] for m in walls]
+    return dict(seconds=median(wall), low=min(wall), high=max(wall), cpu=middle("cpu", kept if enough else made), kept=len(kept), dropped=len(made) - len(kept),
+        matmul=middle("matmul", walls), matmul_cpu=middle("matmul_cpu", made), foreign=middle("foreign", walls), read="seconds" if enough else "cpu")
 
 
 def seconds(row: dict) -> float:
@@ -106,9 +116,19 @@ def seconds(row: dict) -> float:
     return row[row["read"]]
 
 
+def share(row: dict, flops: int) -> float | None:
+    "The rate of a row's call, as a share of the matrix product's beside it: by the clock, or, where others were busy, by CPU seconds."
+    rate = row["matmul" if row["read"] == "seconds" else "matmul_cpu"]
+    return flops / seconds(row) / 1e9 / rate if rate else None
+
+
+# torch's counter does not know the CPU's attention; these take shapes
+_KNOWN = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+          torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)}
+
 def flops(call: Callable[[], object]) -> int:
     "Floating-point operations of a call (a multiply-add is two), counted while it computes."
-    with FlopCounterMode(display=False) as counter: call()
+    with FlopCounterMode(display=False, custom_mapping=_KNOWN) as counter: call()
     return counter.get_total_flops()
 
 
@@ -129,19 +149,26 @@ def table(rows: dict[str, dict]) -> Iterator[str]:
     for line in cells: yield "  ".join([line[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(line[1:], widths[1:]))])
 
 
-def report(
-    name: str,                # of the benchmark
-    rows: list[dict] | dict,  # one for each competitor
-    out: str | None,          # JSON file to write
-    **about,                  # whatever else belongs to the result
-) -> dict:                    # what was written
-    "Print a table and say what it is worth; write it with the processor, threads and environment."
+def show(title: str, rows: list[dict] | dict[str, dict]) -> None:
+    "A table, and what its figures are worth."
     named = rows if isinstance(rows, dict) else {str(i): row for i, row in enumerate(rows)}
-    where = dict(processor=processor(), cpus=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__)
-    print(f"\n{name}\n{where['processor']}, {where['threads']} of {where['cpus']} CPUs, torch {where['torch']}", *table(named), sep="\n", flush=True)
+    print(f"\n{title}", *table(named), sep="\n")
     noisy = [n for n, row in named.items() if row.get("read") == "cpu"]
     if noisy: print(f"NOT QUIET: {', '.join(noisy)}: others used the CPUs during too many calls. Read the CPU seconds (they hold with --threads 1), or repeat.")
     if any(row.get("read") and row.get("foreign") is None for row in named.values()): print("Nobody counts what others used here: every call was kept.")
+
+
+def report(
+    name: str,                # of the benchmark
+    rows: list[dict] | dict,  # one for each competitor; or several such dicts by their titles
+    out: str | None,          # JSON file to write
+    **about,                  # whatever else belongs to the result
+) -> dict:                    # what was written
+    "Print the tables; write them with the processor, threads and environment."
+    where = dict(processor=processor(), cpus=os.cpu_count(), threads=torch.get_num_threads(), torch=torch.__version__)
+    print(f"\n{where['processor']}, {where['threads']} of {where['cpus']} CPUs, torch {where['torch']}")
+    several = isinstance(rows, dict) and all(isinstance(v, dict) for row in rows.values() for v in row.values())
+    for title, part in rows.items() if several else [(name, rows)]: show(title, part)
     whole = dict(benchmark=name, **about, rows=rows, **where, environment=environment())
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
