@@ -286,7 +286,7 @@ def test_recorded_steps_make_the_same_slices(variant):
     for m in (mask, mask[:2].flip(0)):
         noise = lambda k: torch.randn(len(m), 1, 16, 16, generator=torch.Generator().manual_seed(k))
         for sampler in ("ddim5", "7"):
-            plain, again = (make_slices(f, config, net.encode(m), noise, sampler) for f in (net, recorded))
+            plain, again = (make_slices(f, config, net.encode(m), noise, sampler) for f in (lambda x, t, cond: net(x, t, cond), recorded))
             assert torch.equal(plain, again)
 
 
@@ -306,6 +306,23 @@ def test_rounding_weights_once_changes_no_answer(variant):
     with torch.autocast("cpu", torch.bfloat16): before = net(x, t, net.encode(mask))
     with torch.autocast("cpu", torch.bfloat16): after = rounded(net)(x, t, net.encode(mask))
     assert torch.equal(before, after)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_swift_networks_make_slices(mode, monkeypatch):
+    "From a mask to its slice, with what the mask decides remembered where that is done: within bfloat16 of the plain network's."
+    monkeypatch.setattr(gpu, "bfloat16", lambda device: torch.autocast("cpu", torch.bfloat16))
+    monkeypatch.setattr(gpu, "Recorded", lambda net: Recorded(net, actor))
+    monkeypatch.setattr(gpu, "Compiled", lambda net: Compiled(net, "eager"))
+    for variant in ("mask", "edge"):
+        net, mask = network(variant)
+        noise, config = lambda k: torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(k)), replace(MODEL, variant=variant)
+        plain = make_slices(net, config, net.encode(mask), noise, "ddim5")
+        swift = Swift(net, mode)
+        step, _ = swift.remember(swift.encode(mask))
+        assert (step is swift) == (mode != "eager")
+        got = make_slices(swift, config, swift.encode(mask), noise, "ddim5")
+        assert got.dtype == torch.float32 and 0 < (got - plain).norm() < 0.1 * plain.norm()
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from .cache import remember
+
 # %% ../../nbs/28_gpu.ipynb #a1c00008
 def bfloat16(
     device: torch.device,
@@ -169,7 +171,7 @@ class Swift(nn.Module):
         mode: str = "eager", # "graph": one launch a step, for few slices; "compile": fewer passes, for many
     ):
         super().__init__()
-        self.net = rounded(net).to(memory_format=torch.channels_last if mode == "compile" else torch.contiguous_format)
+        self.mode, self.net = mode, rounded(net).to(memory_format=torch.channels_last if mode == "compile" else torch.contiguous_format)
         self.step = {"eager": self.net.__call__, "graph": Recorded(self.net), "compile": Compiled(self.net) if mode == "compile" else None}[mode]
 
     def encode(self, mask: Tensor) -> object:
@@ -178,3 +180,11 @@ class Swift(nn.Module):
 
     def forward(self, xt: Tensor, t: Tensor, cond: object) -> Tensor:
         with bfloat16(xt.device): return self.step(xt, t, cond)
+
+    def remember(self, cond: object) -> tuple[Callable[..., Tensor], object]:
+        "As `remember` of a plain network; what is recorded or compiled serves all masks, and is not made for one."
+        if self.mode != "eager": return self, cond
+        with bfloat16(next(self.parameters()).device): twin, left = remember(self.net, cond)
+        def step(xt: Tensor, t: Tensor, cond: object) -> Tensor:
+            with bfloat16(xt.device): return twin(xt, t, cond)
+        return step, left
