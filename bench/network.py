@@ -9,6 +9,7 @@ the same number of parameters and operations (asserted to 2 %); denoising-diffus
 Each is used as its documentation shows: ours by `training.state` (hybrid loss, fused AdamW, averaged weights) and, to sample, in
 channels_last as `load` does it; diffusers by DDPMScheduler, AdamW, clipping, EMAModel; MONAI by DiffusionInferer(mode="concat");
 denoising-diffusion-pytorch by Adam, clipping and EMA, as its Trainer. Only ours pays for the variational bound.
+A 3x3 convolution by itself shows what the processor gives beside the matrix product.
 """
 from collections.abc import Callable
 
@@ -27,6 +28,7 @@ from ctdiffusion.training.step import fetch
 
 CLASSES, CHANNELS, MULT = 17, 64, (1, 2, 2)
 SAME = ("ours", "diffusers", "MONAI")  # of these, the networks are the same
+REFERENCE = "a 3x3 convolution, 20 times"  # no competitor
 
 
 def config(variant: str = "conditional", size: int = 64) -> ModelConfig:
@@ -45,14 +47,14 @@ def awake(net: nn.Module) -> nn.Module:
 
 def diffusers_net(size: int) -> nn.Module | None:
     "UNet2DModel; its option for the time is \"default\", an addition as ours is (\"scale_shift\" has 6.96 M parameters and the same operations)."
-    if not (d := optional("diffusers")): return None
+    if not (d := optional("diffusers", "diffusers")): return None
     kinds = ["DownBlock2D"] * (len(MULT) - 1) + ["AttnDownBlock2D"]
     return d.UNet2DModel(size, 1 + CLASSES, 2, block_out_channels=tuple(CHANNELS * m for m in MULT), layers_per_block=2, down_block_types=kinds,
         up_block_types=[k.replace("Down", "Up") for k in reversed(kinds)], attention_head_dim=CHANNELS * MULT[-1], norm_num_groups=32, resnet_time_scale_shift="default")
 
 
 def monai_net() -> nn.Module | None:
-    if not optional("monai.networks.nets", "monai"): return None
+    if not (optional("monai.networks.nets", "MONAI") and optional("einops", "MONAI's need of einops")): return None
     from monai.networks.nets import DiffusionModelUNet
     return DiffusionModelUNet(2, 1 + CLASSES, 2, num_res_blocks=2, channels=tuple(CHANNELS * m for m in MULT), attention_levels=(False, False, True),
         norm_num_groups=32, num_head_channels=CHANNELS * MULT[-1], use_flash_attention=True)
@@ -88,7 +90,15 @@ def sampling(task: Task) -> dict[str, tuple[nn.Module, Callable[[], Tensor]]]:
         rows["diffusers, channels_last"] = last, lambda: last(torch.cat([task.eps, task.maps], 1).contiguous(memory_format=torch.channels_last), task.t).sample
     if m := monai_net(): rows["MONAI"] = m.eval(), lambda: m(torch.cat([task.eps, task.maps], 1), timesteps=task.t)
     if u := lucidrains_net(): rows["denoising-diffusion-pytorch"] = u.eval(), lambda: u(torch.cat([task.eps, task.maps], 1), task.t)
+    rows[REFERENCE] = convolution(task.batch)
     return rows
+
+
+def convolution(batch: int) -> tuple[nn.Module, Callable[[], None]]:
+    "What the network mostly consists of, alone: how fast this processor convolves."
+    conv = nn.Conv2d(128, 128, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(batch, 128, 32, 32).contiguous(memory_format=torch.channels_last)
+    return conv, lambda: [conv(x) for _ in range(20)]
 
 
 # ------------------------------------------------------------------------------------------ training: one step of everything
@@ -149,7 +159,8 @@ def compare(what: str, networks: dict, batch: int, a) -> dict[str, dict]:
         for key in ("params", "gflop"):
             if k in about: assert abs(about[k][key] / about["ours"][key] - 1) < 0.02, f"{what}: {key} of {k}: {about[k][key]}, ours {about['ours'][key]}"
     rows = interleave({k: call for k, (_, call) in networks.items()}, a.repeats, a.quiet, a.patience)
-    return {k: about[k] | dict(times_ours=seconds(rows[k]) / seconds(rows["ours"]), of_matmul=share(rows[k], about[k]["gflop"] * 1e9 * batch)) | rows[k] for k in rows}
+    times = lambda k: seconds(rows[k]) / seconds(rows["ours"]) if k != REFERENCE else None
+    return {k: about[k] | dict(times_ours=times(k), of_matmul=share(rows[k], about[k]["gflop"] * 1e9 * batch)) | rows[k] for k in rows}
 
 
 def main() -> None:
