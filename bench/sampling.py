@@ -151,7 +151,7 @@ def memory(variant: str, task: Task, a) -> dict[str, dict]:
 def main() -> None:
     parser = arguments(__doc__, patience=100)
     parser.add_argument("--size", type=int, default=64, help="of the networks with random weights")
-    parser.add_argument("--batch", type=int, default=4, help="slices at a time, of those")
+    parser.add_argument("--batch", type=int, default=8, help="slices at a time, of those")
     parser.add_argument("--steps", type=int, default=10, help="of the 1000 in a measurement, of those")
     parser.add_argument("--sampler", help="default: each model's own")
     parser.add_argument("--part", choices=("all", "embedded", "random", "memory"), default="all")
