@@ -90,8 +90,7 @@ def where(
 ) -> tuple[torch.device, int, int]:  # device, rank, number of processes
     "Where this process computes, as torchrun or accelerate started it."
     several = int(os.environ.get("WORLD_SIZE", 1)) > 1
-    # without cpu=True accelerate takes two CPU processes for one
-    state = PartialState(cpu=several and (device == "cpu" or not torch.cuda.is_available()))
+    state = PartialState(cpu=several and (device == "cpu" or not torch.cuda.is_available()))  # else accelerate takes two CPU processes for one
     own = state.device if device == "auto" or several else torch.device(device)
     return own, state.process_index, state.num_processes
 
