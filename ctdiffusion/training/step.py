@@ -47,6 +47,11 @@ class Resident(NamedTuple):
     images: Tensor  # (N, H, W) uint8
     labels: Tensor
 
+def _whole(a: np.ndarray, device: torch.device) -> Tensor:
+    there = torch.empty(a.shape, dtype=torch.uint8, device=device)
+    for i in range(0, len(a), 1024): there[i:i + 1024].copy_(torch.from_numpy(np.array(a[i:i + 1024])))
+    return there
+
 def resident(
     store: Store,
     device: torch.device,
@@ -55,10 +60,7 @@ def resident(
     "All slices on the device, or the store as it is."
     if keep is None: keep = device.type == "cuda" and store.images.nbytes + store.labels.nbytes <= torch.cuda.mem_get_info(device)[0] / 8
     if not keep: return store
-    there = [torch.empty(a.shape, dtype=torch.uint8, device=device) for a in (store.images, store.labels)]
-    for a, b in zip((store.images, store.labels), there):
-        for i in range(0, len(a), 1024): b[i:i + 1024].copy_(torch.from_numpy(np.array(a[i:i + 1024])))
-    return Resident(*there)
+    return Resident(_whole(store.images, device), _whole(store.labels, device))
 
 # %% ../../nbs/32_step.ipynb #11f9feb5
 class Denoiser(nn.Module):
