@@ -49,6 +49,7 @@ class Card:
         self.backend = "inductor" if self.cuda else "eager"
         n = 256 if tiny else 8192
         self.square = torch.randn(n, n, device=self.device, dtype=torch.bfloat16)
+        if self.cuda: torch._logging.set_logs(inductor_metrics=True)  # or the compiler counts no bytes
         if not self.cuda:  # the card's way, without the card
             gpu.bfloat16 = step_module.bfloat16 = lambda device: torch.autocast("cpu", torch.bfloat16)
             gpu.Recorded, gpu.Compiled = partial(gpu.Recorded, record=played), partial(gpu.Compiled, backend="eager")
@@ -186,7 +187,7 @@ def training(m: ModelConfig, train: TrainConfig, card: Card, a) -> tuple[dict, d
 
 
 def compiler_gb() -> float | None:
-    "What inductor believes that its code reads and writes, all graphs of this process; None where it does not say."
+    "What inductor believes that its code reads and writes, all graphs of this process; None where it does not say, as when the code was compiled earlier and lay in its cache."
     from torch._inductor import metrics
     return getattr(metrics, "num_bytes_accessed", 0) / 1e9 or None
 
