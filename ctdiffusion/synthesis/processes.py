@@ -97,7 +97,7 @@ def together(
             while child.poll() is None: time.sleep(0.2); relay()
         finally: child.stdin.close(); child.wait(); relay()
     if child.returncode:
-        why = [l[:300] for l in "".join(said).splitlines() if re.search(r"^[\w.]*Error\b|: No module named|failed \(exitcode", l) and "ChildFailedError" not in l]
+        why = [l[:300] for l in "".join(said).splitlines() if re.search(r"^(\[rank\d+\]: *)?[\w.]*Error\b|: No module named|failed \(exitcode", l) and "ChildFailedError" not in l]
         raise CTDiffusionError(log, f"{processes} processes that ended with: {' | '.join(why[:3])}", "exit code 0", "Read the log, then run the same again: what is done is not done twice.")
 
 # %% ../../nbs/42_processes.ipynb #e428a291
