@@ -25,7 +25,7 @@ from ..training.runs import crash_point, latest_checkpoint
 from ..training.step import sample_grid
 from ..training.trainer import Result, train
 
-# %% ../../nbs/42_processes.ipynb #28789a01
+# %% ../../nbs/42_processes.ipynb #3c741496
 def beginning(job: TrainJob) -> tuple[str, Preset]:  # embedded, scratch or a run folder; the parameters with every default filled in
     "Where the weights of a training come from, and what its parameters come to."
     p, table, name = job.config(), job.table(), f"{job.variant}-{job.preset}"
@@ -53,7 +53,7 @@ def training(job: TrainJob, store: Store) -> dict:
     grid = sample_grid(p.model, store.labels[every(looked_at(store))], p.train.sampler, job.seed, job.table())
     return dict(model=p.model, config=p.train, store=store, run_dir=job.folder(), seed=job.seed, init=weights, device=job.device, grid=grid)
 
-# %% ../../nbs/42_processes.ipynb #b914d613
+# %% ../../nbs/42_processes.ipynb #7ec7bbd3
 def depart(run: Path, grace: float = 120) -> None:
     "Ask whoever holds the run folder to stop, and wait until it has let go."
     lock, end = run / "lock", time.monotonic() + grace
@@ -70,7 +70,7 @@ def leave_with_parent(
         os._exit(143)
     if os.environ.get("CTDIFFUSION_CHILD"): threading.Thread(target=watch, daemon=True).start()
 
-# %% ../../nbs/42_processes.ipynb #89c1baf8
+# %% ../../nbs/42_processes.ipynb #d81c1550
 def cores() -> int:
     "That this process may use."
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -100,7 +100,7 @@ def together(
         why = [l[:300] for l in "".join(said).splitlines() if re.search(r"^(\[rank\d+\]: *)?[\w.]*Error\b|: No module named|failed \(exitcode", l) and "ChildFailedError" not in l]
         raise CTDiffusionError(log, f"{processes} processes that ended with: {' | '.join(why[:3])}", "exit code 0", "Read the log, then run the same again: what is done is not done twice.")
 
-# %% ../../nbs/42_processes.ipynb #e428a291
+# %% ../../nbs/42_processes.ipynb #a24cc8ec
 def as_words(job: Job) -> list[str]:
     "What a job was given, as arguments: -r name value; where it runs is left out."
     given = {f.name: getattr(job, f.name) for f in fields(job) if getattr(job, f.name) != f.default and f.name != "processes"}
@@ -128,7 +128,7 @@ def train_job(
     reason = (run / "train.log").read_text().splitlines()[-1][20:].rpartition(" at step ")[0]  # what `train` says last
     return Result(run, int(path.stem[5:]), reason == "done", reason, path)
 
-# %% ../../nbs/42_processes.ipynb #bba155c5
+# %% ../../nbs/42_processes.ipynb #b2ca4c32
 def share(items: Sequence, rank: int, world: int) -> list:
     "What process `rank` of `world` does."
     return list(items[rank::world])
@@ -155,7 +155,7 @@ def synthesize_many(
         say(f"process {rank} of {world}: {made[-1].name}")
     return made
 
-# %% ../../nbs/42_processes.ipynb #b2ca4c32
+# %% ../../nbs/42_processes.ipynb #b45b7246
 @dataclass(frozen=True)
 class SynthesizeJob(Job):
     "The parameters of `python -m ctdiffusion.synthesis.processes synthesize`."
@@ -190,7 +190,7 @@ def synthesize_job(job: SynthesizeJob, say: Callable[[str], object] = print) -> 
     if job.threads: torch.set_num_threads(job.threads)
     return synthesize_many(load(job.model, job.device), volumes, *place, say, seed=job.seed, sampler=job.sampler or None, batch=job.batch)
 
-# %% ../../nbs/42_processes.ipynb #f0e6a61a
+# %% ../../nbs/42_processes.ipynb #4bf98375
 def read_words(words: Sequence[str], job: type) -> Job:
     "A job from the arguments of a command line, as papermill takes them: -p name value."
     if len(words) % 3 or any(w not in ("-p", "-r") for w in words[::3]): raise CTDiffusionError("parameters", " ".join(words), "-p name value, any number of times", "For example -p run_dir runs/mask-demo-s0.")
