@@ -316,7 +316,7 @@ def main() -> None:
     parser.add_argument("--preset", default="paper")
     parser.add_argument("--batch", type=int, default=16, help="slices of a training step")
     parser.add_argument("--sample-batch", type=int, default=64, help="slices of an evaluation; volumes take 65")
-    parser.add_argument("--sampler", default="dpm15", help="of volumes and of the one slice")
+    parser.add_argument("--sampler", default=TrainConfig().sampler, help="of volumes and of the one slice; %(default)s, as everywhere")
     parser.add_argument("--check-steps", type=int, default=100, help="of bfloat16 against float32, batch 4")
     parser.add_argument("--tiny", action="store_true", help="a small network, few steps: only to see that everything runs")
     a = parser.parse_args()
@@ -326,7 +326,7 @@ def main() -> None:
     m, size = preset("conditional", a.preset).model, dict(slices=VOLUME, batch=65)
     if a.tiny:
         m, size = replace(m, size=16, channels=8, mult=(1, 2), blocks=1, attention=(8,), groups=4), dict(slices=4, batch=2)
-        a.batch, a.sample_batch, a.repeats, a.sampler, a.check_steps, a.patience = 2, 3, 1, "dpm4", 4, 5
+        a.batch, a.sample_batch, a.repeats, a.sampler, a.check_steps, a.patience = 2, 3, 1, "sde4", 4, 5
     card, train = Card(a.device, a.tiny), TrainConfig(batch=a.batch, grad_clip=1.0)
     parts = {"card": {"bfloat16 matrix product, TFLOP/s": dict(value=max(card.matmul() for _ in range(3)) / 1e3), "copy, TB/s": dict(value=max(card.copy() for _ in range(3)) / 1e12)}}
     parts["training step (G1, G2)"], parts["data (G5)"] = training(m, train, card, a); release()
