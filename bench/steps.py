@@ -7,13 +7,15 @@ On a CPU the seconds are those of the process (they hold on a busy machine), the
 on a GPU they are wall seconds between two synchronisations, and torch's peak. The optimiser and the averaged weights are in both.
 In the very first step (--warmup 0 --steps 1) Adam has no moments yet while activations are held, so later steps need more memory.
 """
-import argparse, json, platform, resource, subprocess, sys, time
+import argparse, json, resource, subprocess, sys, time
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
 import numpy as np
 import torch
+
+from harness import processor
 
 from ctdiffusion.data.labels import atomic_write
 from ctdiffusion.models.variants import VARIANTS, preset
@@ -48,13 +50,6 @@ def measure(variant: str, name: str, batch: int, steps: int, warmup: int, device
     peak = torch.cuda.max_memory_allocated() if gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert state.losses().isfinite().all()
     return dict(variant=variant, batch=train.batch, seconds=round(median(seconds[warmup:]), 4), gb=round(peak / 1e9, 3), steps=steps)
-
-
-def processor() -> str:
-    "The name of the CPU, where the system tells it."
-    path = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in path.read_text().splitlines() if line.startswith("model name")] if path.exists() else []
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:

@@ -126,15 +126,17 @@ def test_a_damaged_file_is_made_again(data, run, tmp_path):
     assert np.array_equal(synthesize_patient(model, p, tmp_path), whole)
 
 
-def test_dealt_out_to_two_processes_of_torchrun(data, run):
-    "What two processes made is what one would have made, and the evaluation finds it."
+def test_dealt_out_to_two_processes_of_torchrun_and_one_is_lost(data, run):
+    "Process 1 is killed before its second patient; called again, two processes have made what one would have made, and the evaluation finds it."
     folder, store = data
     words = ["-r", "run_dir", str(run), "-r", "data_root", str(folder / "data"), "-r", "store", str(folder / "store"), "-p", "threads", "1"]
-    ended = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "-m", "ctdiffusion.evaluation.evaluation", *words],
-                           capture_output=True, text=True, env=os.environ | dict(OMP_NUM_THREADS="1"))
+    deal = lambda **env: subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ctdiffusion.evaluation.evaluation", *words],
+                                        capture_output=True, text=True, timeout=120, env=os.environ | dict(OMP_NUM_THREADS="1") | env)
+    lost, last = deal(CRASH_AT="patient@1#1"), run / "evaluation" / "step_00000030"
+    assert lost.returncode != 0 and not (last / f"{patients(store)[1].id}.npy").exists()
+    ended = deal()
     assert ended.returncode == 0, ended.stderr[-2000:]
     assert "process 0 of 2" in ended.stdout and "process 1 of 2" in ended.stdout
-    last = run / "evaluation" / "step_00000030"
     before = {f.name: f.stat().st_mtime_ns for f in last.glob("*.npy")}
     assert sorted(before) == [f"{p.id}.npy" for p in patients(store)]
     evaluate(run, 30, store, None, None, device="cpu", say=lambda line: None)
@@ -225,14 +227,17 @@ def test_the_parameters_cell_declares_the_job(root):
 
 
 def test_the_job_through_papermill(root, data, run, tmp_path):
-    "With a judge of thirty steps, on two patients, all milestones; then again, in a few seconds."
+    "With a judge of thirty steps, on two patients, all milestones, in two processes; then again, in a few seconds."
     folder, store = data
     given = dict(run_dir=str(run), data_root=str(folder / "data"), store=str(folder / "store"), shared=str(tmp_path / "shared"), judge_steps=30, patients=2, threads=1)
-    execute = lambda: pm.execute_notebook(str(root / "nbs" / "evaluate.ipynb"), str(tmp_path / "out.ipynb"), parameters=given, progress_bar=False)
-    execute()
+    execute = lambda n: pm.execute_notebook(str(root / "nbs" / "evaluate.ipynb"), str(tmp_path / "out.ipynb"), parameters=given | dict(processes=n), progress_bar=False)
+    for made in (run / "evaluation").glob("*/*.npy"): made.unlink()
+    execute(2)
+    log, judged = run / "evaluation" / "processes.log", list((run / "evaluation").glob("*/embedded-segmenter/*.nii.gz"))
+    assert "process 1 of 2: step 30" in log.read_text() and len(judged) == 8 and max(f.stat().st_mtime for f in judged) <= log.stat().st_mtime  # judged by the children, too
     rows = [read_results(f) for f in sorted((run / "evaluation").glob("*/results.json"))]
     assert [r["milestone"] for r in rows] == ["10k", "50k", "100k", "150k"] and all(r["n"]["patients"] == 2 and r["judge"].startswith("MONAI") for r in rows)
     assert (tmp_path / "shared" / "judge" / "segmenter.json").exists() and {f.parent.name for f in (tmp_path / "shared").glob("*/results.json")} == set(REFERENCES)
-    execute()
+    execute(0)
     text = Path(tmp_path / "out.ipynb").read_text()
     assert text.count("found finished") == 7

@@ -239,7 +239,14 @@ case $MODE in
   *) rm -f "$run/STOP"; touch "$run/DONE";;
 esac""",
     srun='[ "$1" = --kill-on-bad-exit=1 ] && shift; exec "$@"',
-    torchrun='echo "torchrun $*" >> "$CALLS"; [ "$MODE" != shardfail ]',
+    torchrun="""echo "torchrun $*" >> "$CALLS"; run=$(while [ $# -gt 0 ]; do [ "$1" = run_dir ] && echo "$2"; shift; done)
+case $MODE in
+  shardfail) exit 1;;
+  early) ;;
+  stopall) mkdir -p "$run"; touch "$run/lock"; echo here > "$CALLS.here"; until [ -e "$run/STOP" ]; do sleep 0.05; done; touch "$run/saved"; rm "$run/lock";;
+  together) mkdir -p "$run"; touch "$run/DONE";;
+esac""",
+    python='echo "python $* rank $RANK of $WORLD_SIZE" >> "$CALLS"',
     scontrol='echo "scontrol $*" >> "$CALLS"',
     sbatch='echo "sbatch $*" >> "$CALLS"; echo "$(wc -l < "$CALLS");cluster"',
 )
@@ -255,8 +262,9 @@ def cluster(root, tmp_path):
         (bin / name).chmod(0o755)
     job = ReproduceJob(root=str(tmp_path / "a root"), variants="mask,pix2pix", device="cpu", where="slurm")
     launch.write_matrix(plan(job), job, root / "nbs")
-    def submit(file, *words, mode="", task=0, signals=()):
-        env = os.environ | dict(PATH=f"{bin}:{os.environ['PATH']}", CALLS=str(calls), MODE=mode, SLURM_ARRAY_TASK_ID=str(task), SLURM_JOB_ID="4711", SLURM_NNODES="2", SLURM_GPUS_ON_NODE="3")
+    def submit(file, *words, mode="", task=0, signals=(), nodes=1, gpus=1, array=(0, 1)):
+        env = os.environ | dict(PATH=f"{bin}:{os.environ['PATH']}", CALLS=str(calls), MODE=mode, SLURM_ARRAY_TASK_ID=str(task), SLURM_JOB_ID="4711", SLURM_NNODES=str(nodes), SLURM_GPUS_ON_NODE=str(gpus),
+                                SLURM_ARRAY_TASK_MIN=str(array[0]), SLURM_ARRAY_TASK_MAX=str(array[1]), SLURM_ARRAY_TASK_COUNT=str(array[1] - array[0] + 1))
         calls.with_name("calls.here").unlink(missing_ok=True)
         batch = subprocess.Popen(["bash", str(root / "slurm" / file), *map(str, words)], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         if signals: until(lambda: calls.with_name("calls.here").exists())
@@ -292,8 +300,34 @@ def test_folders_with_spaces_reach_papermill_whole(cluster):
     assert cluster("train.sbatch", cluster.root, task=2)[0] == 64
 
 
+@pytest.mark.parametrize("nodes, gpus", [(1, 4), (2, 3)])
+def test_several_gpus_train_together_then_the_notebook_draws(cluster, nodes, gpus):
+    code, said, calls = cluster("train.sbatch", cluster.root, mode="together", nodes=nodes, gpus=gpus)
+    first, second = calls.splitlines()
+    assert code == 0 and "train-mask-s0 is done" in said
+    assert first.startswith(f"torchrun --nnodes {nodes} --nproc_per_node {gpus} --rdzv_backend c10d --rdzv_id 4711 --rdzv_endpoint ") and second.startswith("papermill ")
+    words = first.split(" -m ctdiffusion.synthesis.processes train ")[1]
+    assert f"-r run_dir {cluster.root / 'mask-s0'} " in words and f"-r store {cluster.root / 'store'} " in words and words == second.split(".ipynb ")[-1]
+
+
+def test_what_several_gpus_leave_unfinished_goes_on_or_is_reported(cluster):
+    run = cluster.root / "mask-s0"
+    code, said, calls = cluster("train.sbatch", cluster.root, mode="stopall", gpus=2, signals=[signal.SIGUSR1])
+    assert code == 0 and "goes on later" in said and "scontrol requeue 4711" in calls and (run / "saved").exists() and not (run / "lock").exists()
+    for mode, expected in (("shardfail", 1), ("early", 75)):
+        returned, said, calls = cluster("train.sbatch", cluster.root, mode=mode, gpus=2)
+        assert returned == expected and calls.count("requeue") == 1 and "papermill" not in calls
+
+
+def test_an_array_of_shares(cluster):
+    words = ["-p", "model", "mask-demo", "-p", "labels", "a folder", "-p", "out", "volumes"]
+    code, said, calls = cluster("synthesize.sbatch", *words, task=2, array=(0, 7))
+    assert code == 0 and calls == "python -m ctdiffusion.synthesis.processes synthesize -p model mask-demo -p labels a folder -p out volumes rank 2 of 8\n"
+    assert cluster("synthesize.sbatch", *words, task=2, array=(1, 7))[0] == 64
+
+
 def test_an_evaluation_is_shared_among_processes_and_recorded(cluster):
-    code, said, calls = cluster("evaluate.sbatch", cluster.root)
+    code, said, calls = cluster("evaluate.sbatch", cluster.root, nodes=2, gpus=3)
     assert code == 0, said
     first, second = calls.splitlines()
     assert first.startswith("torchrun --nnodes 2 --nproc_per_node 3 ") and "-m ctdiffusion.evaluation.evaluation -r data_root" in first and f"-r run_dir {cluster.root / 'mask-s0'} " in first

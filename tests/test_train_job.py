@@ -25,9 +25,11 @@ def test_the_parameters_cell_declares_the_job(root):
     assert declared == {name: (type(value).__name__, value) for name, value in vars(job).items()}
 
 
-@pytest.mark.parametrize("variant, steps", [("conditional", 10), ("edge", 3)])  # 3: fewer than between two lines of metrics.csv
-def test_train_and_synthesise(root, tmp_path, variant, steps):
-    run = train(root, tmp_path, variant=variant, max_steps=steps)
+@pytest.mark.parametrize("variant, steps, processes", [("conditional", 10, 0), ("edge", 3, 2)])  # 3: fewer than between two lines of metrics.csv
+def test_train_and_synthesise(root, tmp_path, variant, steps, processes):
+    run = train(root, tmp_path, variant=variant, max_steps=steps, processes=processes)
+    assert json.loads((run / "run.json").read_text())["world"] == max(1, processes)
+    assert "done at step" in (tmp_path / "out.ipynb").read_text()  # the words of the children reach the page
     assert (run / "DONE").exists() and (run / "checkpoints" / f"step_{steps:08d}.safetensors").exists()
     results = json.loads((run / "results.json").read_text())
     assert results["variant"] == variant and results["start"] == "embedded" and len(results["rows"]) == 32

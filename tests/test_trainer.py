@@ -5,6 +5,7 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -26,7 +27,7 @@ from ctdiffusion.training.folder import RunLock
 from ctdiffusion.training.runs import latest_checkpoint, read_checkpoint, read_metrics
 from ctdiffusion.training.state import Denoising
 from ctdiffusion.training.step import EMA, first_weights, sample_grid, weights_hash
-from ctdiffusion.training.trainer import Result, train
+from ctdiffusion.training.trainer import Pulse, Result, Trainer, train
 from test_runs import forked, silent
 
 MODEL = ModelConfig("mask", size=16, channels=4, mult=(1, 2), blocks=1, attention=(8,), groups=4, encoder_blocks=1, target="velocity", dropout=0.1)
@@ -321,33 +322,110 @@ def test_run_folder_is_complete(whole):
 
 # ------------------------------------------------------------------------------------------------- several processes
 
-def torchrun(where: Path, program: str, timeout: int) -> subprocess.CompletedProcess:
-    "Two processes of `program` by torchrun."
+PLAIN, SHORT = replace(MODEL, dropout=0.0, channels=8), replace(CONFIG, max_steps=3, log_every=1)  # one channel alone in a group: its bias has no gradient but rounding, of which Adam makes a whole step
+FIRST = "import sys; sys.path.insert(0, {folder!r})\nfrom test_trainer import CONFIG, PLAIN, SHORT, Denoising, replace, run\n"
+
+
+def command(where: Path, program: str, *options: str) -> list:
+    "Processes of `program` by torchrun."
     script = where.with_suffix(".py")
-    script.write_text(f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nfrom test_trainer import CONFIG, Denoising, replace, run\n{program}")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script, where]
-    return subprocess.run(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=timeout, capture_output=True, text=True)
+    script.write_text(FIRST.format(folder=str(Path(__file__).parent)) + program)
+    return [sys.executable, "-m", "torch.distributed.run", *(options or ("--standalone", "--nproc_per_node", "2")), script, where]
 
 
-def test_two_processes_train_and_leave_together(there):
-    "One writes, both leave when one is told to stop, and go on when called again."
+def torchrun(where: Path, program: str, timeout: int, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run(command(where, program), env=os.environ | {"OMP_NUM_THREADS": "1"} | env, timeout=timeout, capture_output=True, text=True)
+
+
+def close(one: Path, other: Path, step: int) -> None:
+    "Weights, average, moments and losses of two runs are equal up to the order of sums."
+    a, b = (read_checkpoint(w / f"checkpoints/step_{step:08d}.safetensors") for w in (one, other))
+    for x, y in ((a["model"], b["model"]), (a["ema"], b["ema"]), (a["optim"]["exp_avg"], b["optim"]["exp_avg"])):
+        for k in x: torch.testing.assert_close(x[k], y[k], rtol=0, atol=1e-6)
+    for k, v in read_metrics(one).items(): np.testing.assert_allclose(v, read_metrics(other)[k], rtol=0, atol=1e-6, err_msg=k)
+
+
+def test_two_processes_are_one_and_leave_together(there):
+    """Three steps of two processes are three steps of one, and one process goes on from them.
+    In the same two processes: both leave when one is told to stop (in a step that is logged), and go on when called again."""
     program = """
 import numpy, pathlib, time
-def act(net): pathlib.Path(sys.argv[1], 'STOP').touch(); time.sleep(1.1); return numpy.zeros((8, 8, 3), 'uint8')
+where = pathlib.Path(sys.argv[1])
+run(where / 'two', SHORT, PLAIN, grid=None, val_every=0)
+def act(net): (where / 'STOP').touch(); time.sleep(1.1); return numpy.zeros((8, 8, 3), 'uint8')
 config = replace(CONFIG, max_steps=12, grid_every=5, log_every=4)
-first = run(sys.argv[1], config, grid=act, val_every=4)
-assert (first.step, first.reason) in ((6, 'STOP file'), (6, 'stopped')), first
-assert run(sys.argv[1], config, grid=None, val_every=4).done
+first = run(where, config, grid=act, val_every=4)
+assert (first.step, first.reason) in ((8, 'STOP file'), (8, 'stopped')), first
+assert run(where, config, grid=None, val_every=4).done
 """
     done = torchrun(there, program, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((there / "run.json").read_text())["world"] == 2 and list(read_metrics(there)["step"]) == [4, 8, 12]
     assert (there / "DONE").exists() and nothing_left_behind(there)
+    run(there / "one", SHORT, PLAIN, grid=None, val_every=0)
+    close(there / "one", there / "two", 3)
+    for name in ("one", "two"): run(there / name, replace(SHORT, max_steps=6), PLAIN, grid=None, val_every=0)
+    close(there / "one", there / "two", 6)
+    assert "2 processes" in (there / "two/train.log").read_text()
 
 
-def test_dead_process_takes_the_others_along(there):
+def test_two_nodes_are_one(there):
+    "One process on each of two `computers` that find each other by an address."
+    with socket.socket() as s: s.bind(("localhost", 0)); port = s.getsockname()[1]
+    options = lambda r: ("--nnodes", "2", "--node_rank", str(r), "--nproc_per_node", "1", "--rdzv_backend", "c10d", "--rdzv_endpoint", f"localhost:{port}", "--rdzv_id", "t")
+    program = "run(sys.argv[1], SHORT, PLAIN, grid=None, val_every=0)"
+    nodes = [subprocess.Popen(command(there, program, *options(r)), env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE, text=True) for r in range(2)]
+    for node in nodes: assert node.wait(120) == 0, node.stderr.read()[-3000:]
+    run(there.with_name("one node"), SHORT, PLAIN, grid=None, val_every=0)
+    close(there, there.with_name("one node"), 3)
+
+
+def test_slices_must_divide_among_processes(monkeypatch):
+    monkeypatch.setattr(state_module, "where", lambda device: (torch.device("cpu"), 0, 3))
+    with pytest.raises(CTDiffusionError, match="4 slices for 3 processes"): Denoising(MODEL, CONFIG, STORE)
+
+
+def test_killed_process_takes_the_others_along(there):
+    "SIGKILL of process 1 of 2 in step 6: all are gone within a minute, the last checkpoint is whole, the same command goes on from it."
+    program = "import os, pathlib\npathlib.Path(f'{sys.argv[1]}.{os.environ[\"RANK\"]}').write_text(str(os.getpid()))\nprint(run(sys.argv[1], replace(CONFIG, max_steps=8), save_every=2).done)"
+    began = subprocess.Popen(command(there, program), env=os.environ | {"OMP_NUM_THREADS": "1", "CRASH_AT": "step@6#1"}, stderr=subprocess.PIPE, text=True)
+    assert began.wait(120) != 0 and "Signal 9" in began.stderr.read()
+    pids = [int(Path(f"{there}.{r}").read_text()) for r in range(2)]
+    end = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pids): assert time.monotonic() < end; time.sleep(0.1)
+    assert read_checkpoint(latest_checkpoint(there, silent))["step"] == 6 and not (there / "DONE").exists()
+    done = torchrun(there, program, timeout=120)
+    assert done.returncode == 0 and done.stdout.split() == ["True", "True"], done.stderr[-3000:]
+    assert "continuing after step 6" in (there / "train.log").read_text()
+
+
+def test_failed_process_takes_the_others_along(there):
     "One of two raises in step 3: the command ends with an error, soon, and does not hang."
     program = "real = Denoising.train_step\ndef broken(self):\n    if self.rank == 1 and self.step == 3: raise MemoryError('killed')\n    real(self)\nDenoising.train_step = broken\nrun(sys.argv[1], save_every=2)"
     done = torchrun(there, program, timeout=90)
     assert done.returncode != 0 and "MemoryError" in done.stderr
     assert read_checkpoint(latest_checkpoint(there, silent))["step"] == 2
+
+
+def test_who_waits_for_a_computer_that_is_gone_leaves(there):
+    "No word comes from another computer that lost its power: the pulse ends the wait, frees the folder and says why."
+    server = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True)
+    there.mkdir()
+    for name in ("lock", "owner.json"): (there / name).touch()
+    def alone():
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(server.port))
+        trainer = Trainer(Denoising(MODEL, CONFIG, STORE, device="cpu"), there, say=None)
+        with Pulse(0, 2, trainer.lost, silence=1): time.sleep(30)
+    assert forked(alone) == 70
+    assert nothing_left_behind(there) and "lost process 1" in (there / "train.log").read_text()
+
+
+def test_processes_talk_only_where_a_line_is_written(monkeypatch, there):
+    "Between two lines of metrics.csv nobody asks whether to leave; what the step decides is known without asking."
+    trainer = Trainer(Denoising(MODEL, CONFIG, STORE, device="cpu"), there, say=None, save_every=5)
+    trainer.world, trainer.saved, asked = 2, time.monotonic() - 1e6, []
+    monkeypatch.setattr(torch.distributed, "broadcast", lambda flags, source: asked.append(trainer.step))
+    orders = {}
+    for trainer.state.step in range(1, 29): orders[trainer.step] = trainer.orders(lambda: "STOP file")
+    assert asked == [7, 14, 21, 28] and [s for s, (leave, _) in orders.items() if leave] == asked
+    assert [s for s, (_, save) in orders.items() if save] == sorted({20, 5, 10, 15, 25, *asked})

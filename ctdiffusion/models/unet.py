@@ -38,12 +38,21 @@ class TimeEmbedding(nn.Sequential):
 
 # %% ../../nbs/20_unet.ipynb #45a5650e
 class GroupNorm(nn.GroupNorm):
-    "Group normalisation, computed in float32 whatever the dtype of `x`."
+    "Group normalisation, its statistics in float32 whatever the dtype of `x`."
     def __init__(self, channels: int, groups: int = 32):
         super().__init__(math.gcd(groups, channels), channels)
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda and x.dtype == torch.bfloat16 and not torch.compiler.is_compiling(): return self.by_layer_norm(x)
         return F.group_norm(x.float(), self.num_groups, self.weight.float(), self.bias.float(), self.eps).to(x.dtype)
+
+    def by_layer_norm(self, x: Tensor) -> Tensor:
+        "The same without a float32 copy of `x`: on a GPU a layer norm, here of each group, keeps its statistics in float32."
+        b, c = x.shape[:2]
+        with torch.autocast(x.device.type, enabled=False):
+            x_hat = F.layer_norm(x.reshape(b, self.num_groups, -1), [x.numel() // (b * self.num_groups)], eps=self.eps).view(x.shape)
+            gain, offset = (p.to(x.dtype).view(c, *[1] * (x.ndim - 2)) for p in (self.weight, self.bias))
+            return torch.addcmul(offset, x_hat, gain)
 
 # %% ../../nbs/20_unet.ipynb #83af6eaa
 def conv3(

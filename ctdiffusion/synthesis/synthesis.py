@@ -21,8 +21,9 @@ from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write, writ
 from ..data.slices import axial, body_mask, resize_images, resize_labels, unaxial, unwindow, with_body
 from ..data.volumes import Volume, read_image, read_labels, sha256_file, write_volume
 from ..diffusion.schedule import Schedule, make_schedule
+from ..models.gpu import MODES, Swift, upload
 from ..models.sdm import Guided
-from ..models.variants import ModelConfig, build
+from ..models.variants import VARIANTS, ModelConfig, build, one_of
 from ..training.runs import generator, latest_checkpoint, learned_weights, read_checkpoint
 from ..training.step import load_weights, make_slices
 
@@ -51,6 +52,7 @@ def describe(
     path: Path,                  # where they came from
     sha256: str,                 # of that file
     device: str = "auto",        # "cpu", "cuda", ...; auto: the GPU if there is one
+    mode: str = "eager",         # of a diffusion model's step on a GPU: "graph" for few slices, "compile" for many
 ) -> Model:
     "The network of a run.json, with these weights."
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
@@ -60,6 +62,8 @@ def describe(
     load_weights(net, mine, path)
     net, scale = net.to(device, memory_format=torch.channels_last), run["train"].get("guidance", 1.0)
     if scale != 1: net = Guided(net, scale)  # SDM, where its run says so
+    one_of(mode, MODES, "mode")
+    if device.type == "cuda" and VARIANTS[config.variant].family == "diffusion": net = Swift(net, mode)
     return Model(net, config, ClassTable.from_json(data["table"]), data["level"], data["width"], run["train"]["sampler"], path.name, sha256)
 
 # %% ../../nbs/40_synthesis.ipynb #bc31a4b9
@@ -82,23 +86,24 @@ def exported(
     if (sha := sha256_file(path)) != run["sha256"]: raise CTDiffusionError(path, f"sha256 {sha[:12]}...", f"{run['sha256'][:12]}... as in run.json", "The file is damaged or was replaced: install or copy it again.")
     return run, {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
 
-def _trained(folder: Path, device: str, step: int | None = None) -> Model:
+def _trained(folder: Path, device: str, step: int | None = None, mode: str = "eager") -> Model:
     "A checkpoint of a run folder, its averaged weights."
     path = latest_checkpoint(folder) if step is None else folder / f"checkpoints/step_{step:08d}.safetensors"
     if path is None: raise CTDiffusionError(folder, "a run without a checkpoint", "at least one", "Let it train until it saves; train.log says when.")
-    return describe(json.loads((folder / "run.json").read_text()), read_checkpoint(path)["ema"], folder, sha256_file(path), device)
+    return describe(json.loads((folder / "run.json").read_text()), read_checkpoint(path)["ema"], folder, sha256_file(path), device, mode)
 
 def load(
     source: str | Path,    # a name of `embedded()`, a run folder, or a folder made by `export`
     device: str = "auto",  # "cpu", "cuda", ...
     step: int | None = None,  # of a run folder; None: its newest whole checkpoint
+    mode: str = "eager",   # on a GPU, see `describe`
 ) -> Model:
     "A model that is ready to synthesise, with the averaged weights (A12)."
     folder = weights_folder() / str(source) if str(source) in embedded() else Path(source)
     if (folder / "weights.safetensors").exists() and step is None:
         run, weights = exported(folder)
-        return describe(run, weights, folder, run["sha256"], device)
-    if (folder / "run.json").exists(): return _trained(folder, device, step)
+        return describe(run, weights, folder, run["sha256"], device, mode)
+    if (folder / "run.json").exists(): return _trained(folder, device, step, mode)
     raise CTDiffusionError(source, "no model of that name and no run folder there", f"one of {', '.join(embedded())}, or a folder with run.json", "Correct the name or the path.")
 
 # %% ../../nbs/40_synthesis.ipynb #d37a297e
@@ -130,7 +135,7 @@ def slice_noise(
 ) -> Callable[[int], Tensor]:  # noise(k) -> (len(rows), 1, size, size)
     "The noise of each slice, from a stream of its own; to be called for k = T, T-1, ... in that order."
     streams = [generator(seed, int(row), f"synthesis/{case}") for row in rows]
-    return lambda k: torch.stack([torch.randn(1, size, size, generator=g) for g in streams]).to(device)
+    return lambda k: upload(torch.stack([torch.randn(1, size, size, generator=g) for g in streams]), device)
 
 # %% ../../nbs/40_synthesis.ipynb #43b57dc7
 @torch.no_grad()

@@ -121,6 +121,7 @@ class TrainJob(Job):
     class_table: str = ""    # JSON file, "": AMOS
     device: str = "auto"
     threads: int = 0         # 0: torch's choice
+    processes: int = 0       # on this computer; 0, 1: the notebook's own
 
     def __post_init__(self):
         one_of(self.variant, VARIANTS, "variant"); one_of(self.preset, PRESETS, "preset")

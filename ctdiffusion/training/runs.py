@@ -46,8 +46,8 @@ def batch_rows(
 
 # %% ../../nbs/30_runs.ipynb #b7b1eb8b
 def crash_point(name: str, step: int) -> None:
-    "Kill this process if the variable CRASH_AT says `name` or `name@step`: for tests of what a crash leaves behind."
-    if os.environ.get("CRASH_AT") in (name, f"{name}@{step}"): os.kill(os.getpid(), signal.SIGKILL)
+    "Kill this process if CRASH_AT says `name`, `name@step`, or `name@step#1` for process 1 alone: for tests of what a crash leaves behind."
+    if os.environ.get("CRASH_AT") in (name, f"{name}@{step}", f"{name}@{step}#{os.environ.get('RANK', 0)}"): os.kill(os.getpid(), signal.SIGKILL)
 
 FORMAT = 1  # of checkpoints and of run.json
 

@@ -6,6 +6,7 @@
 __all__ = ['STATES', 'State', 'Denoising', 'Contest', 'begin']
 
 # %% ../../nbs/33_state.ipynb #661d0c95
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -16,30 +17,39 @@ from ..data.labels import CTDiffusionError
 from ..data.store import Store
 from ..diffusion.objective import UniformTimesteps
 from ..diffusion.schedule import make_schedule
+from ..models.gpu import Compiled, backend_for, saved, upload
 from ..models.oasis import refresh_batchnorm
 from ..models.pix2pix import Adversarial
 from ..models.sdm import drop_labels, keep_labels
-from ..models.variants import VARIANTS, ModelConfig, TrainConfig
+from ..models.variants import VARIANTS, ModelConfig, TrainConfig, one_of
 from .runs import batch_rows, generator
-from .step import EMA, Denoiser, fetch, first_weights, held_out, held_out_loss, load_weights, losses_of, where
+from .step import EMA, Denoiser, fetch, first_weights, held_out, held_out_loss, load_weights, losses_of, resident, where
 
 # %% ../../nbs/33_state.ipynb #00456e75
 class State:
     "A run in memory: networks, average, optimisers and step."
     terms: tuple[str, ...] = ("loss",)  # columns of metrics.csv; the first is the one to watch
 
-    def __init__(self, model: ModelConfig, config: TrainConfig, store: Store, seed: int = 0, init: str | Path | dict = "scratch", device: str = "auto"):
+    def __init__(self, model: ModelConfig, config: TrainConfig, store: Store, seed: int = 0, init: str | Path | dict = "scratch", device: str = "auto",
+                 keep: bool | None = None, compile: str = "auto"):
         self.model, self.config, self.store, self.seed = model, config, store, seed
         self.device, self.rank, self.world = where(device)
         if config.batch % self.world: raise CTDiffusionError("batch", f"{config.batch} slices for {self.world} processes", "a multiple", "Correct one of them.")
         self.whole, self.origin = first_weights(model, seed, init)
-        self.whole.to(self.device).train()
+        self.backend, self.how = self.compiler(one_of(compile, ("auto", "off", "inductor", "aot_eager", "eager"), "compile"))
+        self.whole.to(self.device, memory_format=torch.channels_last if self.backend == "inductor" else torch.contiguous_format).train()
+        if self.device.type == "cuda": torch.backends.cudnn.benchmark = True  # all batches have one shape
+        self.bytes = resident(store, self.device, keep)
         self.net = self.whole.net if isinstance(self.whole, Adversarial) else self.whole
         # weights that were trained before are no random start to run away from
         self.ema = EMA(self.net, config.ema, config.ema_warmup and self.origin == "scratch")
         self.schedule, self.rows, self.step, self.settled, self.window = make_schedule(model.schedule, model.T), store.rows("train"), 0, None, []
         self.optimizers = self.adams()
         self.rates = {who: o.param_groups[0]["lr"] for who, o in self.optimizers.items()}
+
+    def compiler(self, asked: str) -> tuple[str | None, str]:
+        "The backend of torch.compile, None for none; and why."
+        return None, "not compiled: two players"
 
     def adams(self) -> dict[str, torch.optim.Optimizer]:
         "An optimiser for each player."
@@ -65,9 +75,13 @@ class State:
 
     def slices(self) -> tuple[Tensor, Tensor]:
         "x0 and masks of this step, this process's share."
-        return fetch(self.store, batch_rows(self.rows, self.config.batch, self.step, self.seed, self.rank, self.world), self.device)
+        return fetch(self.bytes, batch_rows(self.rows, self.config.batch, self.step, self.seed, self.rank, self.world), self.device)
 
-    def gaussian(self, n: int, *shape: int) -> Tensor: return torch.randn(n, *shape, generator=generator(self.seed, self.step, "noise", self.rank)).to(self.device)
+    def part(self, purpose: str, draw: Callable[[torch.Generator], Tensor]) -> Tensor:
+        "This process's share of what is drawn for the whole batch: how many processes there are changes no slice's draw."
+        return draw(generator(self.seed, self.step, purpose))[self.rank::self.world]
+
+    def gaussian(self, n: int, *shape: int) -> Tensor: return upload(self.part("noise", lambda g: torch.randn(n * self.world, *shape, generator=g)), self.device)
 
     def descend(self, who: str) -> None:
         "Gradients are there: clip them, set the rate, let that player's Adam step."
@@ -104,7 +118,7 @@ class State:
         names, (first, second) = {p: k for k, p in self.whole.named_parameters()}, (c["optim"].get(m, {}) for m in ("exp_avg", "exp_avg_sq"))
         for optimizer in self.optimizers.values():
             for p in (p for g in optimizer.param_groups for p in g["params"] if names[p] in first):
-                optimizer.state[p] = dict(step=torch.tensor(float(c["step"]), device=self.device), exp_avg=first[names[p]].to(self.device), exp_avg_sq=second[names[p]].to(self.device))
+                optimizer.state[p] = dict(step=torch.tensor(float(c["step"]), device=self.device), exp_avg=torch.empty_like(p).copy_(first[names[p]]), exp_avg_sq=torch.empty_like(p).copy_(second[names[p]]))
         self.step, self.settled, self.window = c["step"], c["step"], list(c["optim"]["window"]["losses"].to(self.device))
 
 # %% ../../nbs/33_state.ipynb #ae88ffc3
@@ -112,23 +126,27 @@ class Denoising(State):
     "Diffusion: the hybrid loss of one batch, its gradient, Adam, the average."
     terms = ("loss", "mse", "vb")
 
+    def compiler(self, asked: str) -> tuple[str | None, str]:
+        return backend_for(asked, self.device, saved(self.model.size, self.model.channels, self.config.batch // self.world, self.config.max_steps))
+
     def adams(self) -> dict[str, torch.optim.Optimizer]:
         c = self.config
-        self.denoise = Denoiser(self.net) if self.world == 1 else DistributedDataParallel(Denoiser(self.net))
+        self.denoise = Compiled(Denoiser(self.net), self.backend) if self.backend else Denoiser(self.net)
+        if self.world > 1: self.denoise = DistributedDataParallel(self.denoise)
         self.watch = held_out(self.store, self.schedule)
         return dict(net=torch.optim.AdamW(self.net.parameters(), c.lr, c.betas, weight_decay=c.weight_decay, fused=self.device.type in ("cuda", "cpu")))
 
     def train_step(self) -> None:
         (x0, mask), eps = self.slices(), self.gaussian(self.config.batch // self.world, 1, self.model.size, self.model.size)
-        t, _ = UniformTimesteps(self.schedule.T).sample(len(x0), generator(self.seed, self.step, "timesteps", self.rank))
-        if self.config.label_drop: mask = drop_labels(mask, keep_labels(len(mask), generator(self.seed, self.step, "label drop", self.rank), self.config.label_drop))
+        t = self.part("timesteps", lambda g: UniformTimesteps(self.schedule.T).sample(self.config.batch, g)[0])
+        if self.config.label_drop: mask = drop_labels(mask, upload(self.part("label drop", lambda g: keep_labels(self.config.batch, g, self.config.label_drop)), self.device))
         if self.model.dropout: torch.manual_seed(generator(self.seed, self.step, "dropout", self.rank).initial_seed())
-        losses = losses_of(self.denoise, x0, mask, t.to(self.device), eps, self.schedule, self.model.target, self.config.vlb).mean(0)
+        losses = losses_of(self.denoise, x0, mask, upload(t, self.device), eps, self.schedule, self.model.target, self.config.vlb).mean(0)
         losses[0].backward()
         self.descend("net"); self.end_step(losses)
 
     def held_out(self) -> float:
-        with self.ema.applied(): return held_out_loss(self.net, self.watch, self.store, self.schedule, self.model.target, self.config.vlb, self.config.batch)
+        with self.ema.applied(): return held_out_loss(self.net, self.watch, self.bytes, self.schedule, self.model.target, self.config.vlb, self.config.batch)
 
 # %% ../../nbs/33_state.ipynb #04c7d204
 class Contest(State):
@@ -151,7 +169,7 @@ class Contest(State):
     def move(self, who: str, x0: Tensor, mask: Tensor, noise: Tensor | None) -> dict[str, Tensor]:
         "One player pays and learns; the other one's weights are held."
         for name, p in self.whole.named_parameters(): p.requires_grad_(name.split(".")[0] == who)
-        terms = self.whole.losses(who, mask, x0, noise, generator(self.seed, self.step, f"{who}'s draws", self.rank))
+        terms = self.whole.losses(who, mask, x0, noise, generator(self.seed, self.step, f"{who}'s draws"))  # one coin per class, for all processes
         sum(terms.values()).backward()
         self.share(getattr(self.whole, who)); self.descend(who)
         return {name: value.detach() for name, value in terms.items()}
@@ -166,7 +184,7 @@ class Contest(State):
 
     @torch.no_grad()
     def held_out(self) -> float:
-        x0, mask = fetch(self.store, self.watch.rows, self.device)
+        x0, mask = fetch(self.bytes, self.watch.rows, self.device)
         noise = torch.randn(len(x0), self.net.noise_size, generator=generator(0, 0, "held-out noise")).to(self.device)
         self.settle(); self.net.eval()
         with self.ema.applied(): x = torch.cat([self.net(self.net.encode(m), z) for m, z in zip(mask.split(16), noise.split(16))])
@@ -177,7 +195,7 @@ class Contest(State):
         if not self.config.ema or self.settled == self.step: return
         rows = [batch_rows(self.rows, self.config.batch, k, self.seed) for k in range(50)]
         noise = lambda k: torch.randn(self.config.batch, self.net.noise_size, generator=generator(self.seed, k, "settling")).to(self.device)
-        with self.ema.applied(): measured = refresh_batchnorm(self.net, ((fetch(self.store, r, self.device)[1], noise(k)) for k, r in enumerate(rows)))
+        with self.ema.applied(): measured = refresh_batchnorm(self.net, ((fetch(self.bytes, r, self.device)[1], noise(k)) for k, r in enumerate(rows)))
         for k, v in measured.items(): self.ema.weights[k].copy_(v)
         self.settled = self.step
 
@@ -191,6 +209,8 @@ def begin(
     seed: int = 0,
     init: str | Path | dict[str, Tensor] = "scratch",  # or a checkpoint, a run folder, or weights
     device: str = "auto",
+    keep: bool | None = None,  # all slices on the device? None: where there is room
+    compile: str = "auto",     # the diffusion network's step: "off", or a backend of torch.compile; "auto": where it pays
 ) -> State:
     "A run of this variant before its first step."
-    return STATES[VARIANTS[model.variant].family](model, config, store, seed, init, device)
+    return STATES[VARIANTS[model.variant].family](model, config, store, seed, init, device, keep, compile)
