@@ -8,7 +8,7 @@ P1   `synthesize_slices` with the default sampler, against the same network that
      (all steps cost the same), so that five measurements have seen at least 50.
 P1c  the same against diffusers' UNet2DModel and DDIMScheduler with 50 steps, equal parameters and operations; its steps are scaled in the same way.
 P3   one evaluation with everything that depends on the mask alone kept, against one that encodes the mask again, and one that
-     keeps the encoder's output only. All three must answer the same: to 1e-5 in float32 and to 1e-6 in float64, or the script fails.
+     keeps the encoder's output only (SDM has no encoder of masks: its channels). All three must answer the same: to 1e-5 in float32 and to 1e-6 in float64, or the script fails.
 
 The embedded models answer for the small size; networks with random weights for 6.48 M parameters at 64 x 64 (`network.py`): time does not depend on weights.
 """
@@ -25,7 +25,7 @@ from network import Task, awake, config, diffusers_net
 from ctdiffusion.data.labels import AMOS
 from ctdiffusion.models.cache import Half, remember
 from ctdiffusion.models.unet import n_params
-from ctdiffusion.models.variants import build, preset
+from ctdiffusion.models.variants import SIZES, build, preset
 from ctdiffusion.synthesis.synthesis import Model, load, slice_noise, synthesize_slices
 from ctdiffusion.training.step import make_slices
 
@@ -112,13 +112,18 @@ def tensors(x, f: Callable[[Tensor], object]):
     return x
 
 
+def forget(cond):
+    "What a step must begin with that remembers nothing: SDM's condition without its maps."
+    return cond._replace(maps=(None,) * len(cond.maps)) if hasattr(cond, "maps") else cond
+
+
 def differ(net: nn.Module, task: Task, dtype: torch.dtype) -> tuple[float, float]:
     "The largest difference between what is answered from memory and what is computed anew, and the largest answer."
     net = copy.deepcopy(net).to(dtype)
     for m in net.modules():  # a mask and a clock come in float32
         if isinstance(m, (nn.Conv2d, nn.Linear)): m.register_forward_pre_hook(lambda _, given: tensors(given, lambda x: x.to(dtype)))
     cond = tensors(net.encode(task.mask.long()), lambda x: x.to(dtype))
-    truth, remembered = (n(task.eps.to(dtype), task.t, c) for n, c in ((net, cond), remember(net, cond)))
+    truth, remembered = (n(task.eps.to(dtype), task.t, c) for n, c in ((net, forget(cond)), remember(net, cond)))
     return (remembered - truth).abs().max().item(), truth.abs().max().item()
 
 
@@ -140,12 +145,25 @@ def memory(variant: str, task: Task, a) -> dict[str, dict]:
     mask = task.mask.long()
     cond = net.encode(mask)
     knowing, rest = remember(net, cond)
-    calls = {"cached": lambda: knowing(task.eps, task.t, rest), "encoder's output kept": lambda: net(task.eps, task.t, cond),
+    calls = {"cached": lambda: knowing(task.eps, task.t, rest), "encoder's output kept": lambda: net(task.eps, task.t, forget(cond)),
              "all anew": lambda: net(task.eps, task.t, net.encode(mask))}
     rows = interleave(calls, a.repeats, a.quiet, a.patience)
     count = {k: flops(call) / 1e9 / task.batch for k, call in calls.items()}
-    held = {"cached": kept_bytes(knowing, rest), "encoder's output kept": kept_bytes(net, cond)}
+    held = {"cached": kept_bytes(knowing, rest), "encoder's output kept": kept_bytes(net, forget(cond))}
     return {f"{variant}, {k}": dict(times_ours=seconds(row) / seconds(rows["cached"]), gflop=count[k], megabytes=held.get(k, 0) / 1e6 / task.batch, difference=difference) | row for k, row in rows.items()}
+
+
+@torch.no_grad()
+def counted(variant: str, name: str) -> dict:
+    "GFLOP of a slice's evaluation at a preset's size, with and without memory; counted on the meta device, nothing is computed."
+    with torch.device("meta"):
+        net, s = build(preset(variant, name).model), preset(variant, name).model.size
+        x, t, mask = torch.zeros(1, 1, s, s), torch.zeros(1), torch.zeros(1, s, s, dtype=torch.long)
+        cond = net.encode(mask)
+        knowing, rest = remember(net, cond)
+        calls = dict(cached=lambda: knowing(x, t, rest), encoder_kept=lambda: net(x, t, forget(cond)), anew=lambda: net(x, t, net.encode(mask)))
+        gflop = {k: flops(call) / 1e9 for k, call in calls.items()}
+    return gflop | dict(anew_by_cached=gflop["anew"] / gflop["cached"])
 
 
 def main() -> None:
@@ -160,7 +178,8 @@ def main() -> None:
     torch.manual_seed(0)
     task, parts = Task(a.size, a.batch), {}
     if a.part in ("all", "memory"):
-        parts["one evaluation, the mask remembered (P3)"] = {k: row for variant in ("mask", "edge", "conditional") for k, row in memory(variant, task, a).items()}
+        parts["one evaluation, the mask remembered (P3)"] = {k: row for variant in ("mask", "edge", "conditional", "sdm") for k, row in memory(variant, task, a).items()}
+        parts["operations of one evaluation at the presets' sizes, counted"] = {f"{v}, {p}": counted(v, p) for v in ("mask", "edge", "sdm") for p in SIZES}
     if a.part in ("all", "embedded"):
         for name in ("conditional-demo", "mask-demo"):
             model, masks = embedded(name)
