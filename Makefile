@@ -7,7 +7,7 @@ BIN    := .venv/bin
 READY  := .venv/.ready
 JUDGE  := .venv-judge/bin
 PAGES  := ^([0-9]|index)
-BENCH  := network sampling scaling
+BENCH  := $(filter-out harness steps study gpu,$(basename $(notdir $(wildcard bench/*.py))))
 
 .PHONY: demo test bench judge export clean readme constraints
 .DELETE_ON_ERROR:

@@ -1,18 +1,18 @@
 """A whole sampling job per slice, and what remembering the mask is worth: ours beside itself as it was, and beside diffusers.
 
     python bench/sampling.py --out nbs/results/bench-sampling.json     # rows P1, P1c and P3
-    python bench/sampling.py --size 32 --batch 2 --repeats 1 --patience 20
+    python bench/sampling.py --size 32 --batch 2 --repeats 1 --patience 20 --no-paper
 
 P1   `synthesize_slices` with the default sampler, against the same network that takes all 1000 ancestral steps and computes everything anew
      at every step. Of those 1000 steps each measurement makes a few (10 of the large networks, 50 of the small ones); its time is scaled to 1000
      (all steps cost the same), so that five measurements have seen at least 50.
 P1c  the same against diffusers' UNet2DModel and DDIMScheduler with 50 steps, equal parameters and operations; its steps are scaled in the same way.
 P3   one evaluation with everything that depends on the mask alone kept, against one that encodes the mask again, and one that
-     keeps the encoder's output only. All three must answer the same: to 1e-5 in float32 and to 1e-6 in float64, or the script fails.
+     keeps the encoder's output only (SDM has no encoder of masks: its channels); at 64 x 64, and for the mask-guided network of the preset `paper`. All three must answer the same: to 1e-5 in float32 and to 1e-6 in float64, or the script fails.
 
 The embedded models answer for the small size; networks with random weights for 6.48 M parameters at 64 x 64 (`network.py`): time does not depend on weights.
 """
-import copy
+import argparse, copy
 from collections.abc import Callable
 
 import numpy as np
@@ -25,7 +25,7 @@ from network import Task, awake, config, diffusers_net
 from ctdiffusion.data.labels import AMOS
 from ctdiffusion.models.cache import Half, remember
 from ctdiffusion.models.unet import n_params
-from ctdiffusion.models.variants import build, preset
+from ctdiffusion.models.variants import SIZES, ModelConfig, build, preset
 from ctdiffusion.synthesis.synthesis import Model, load, slice_noise, synthesize_slices
 from ctdiffusion.training.step import make_slices
 
@@ -97,11 +97,10 @@ def embedded(name: str) -> tuple[Model, np.ndarray]:
     return model, Task(model.config.size, 16).mask.numpy()
 
 
-def random_model(variant: str, task: Task) -> Model:
-    "6.48 M random parameters (and the mask's encoder), laid out as `load` does it."
-    c = config(variant, task.size)
+def random_model(c: ModelConfig) -> Model:
+    "Random parameters, laid out as `load` does it."
     net = awake(build(c)).requires_grad_(False).eval().to(memory_format=torch.channels_last)
-    return Model(net, c, AMOS, 40, 400, preset(variant).train.sampler, f"{variant}, random", "")
+    return Model(net, c, AMOS, 40, 400, preset(c.variant).train.sampler, f"{c.variant}, random", "")
 
 
 def tensors(x, f: Callable[[Tensor], object]):
@@ -112,13 +111,18 @@ def tensors(x, f: Callable[[Tensor], object]):
     return x
 
 
+def forget(cond):
+    "What a step must begin with that remembers nothing: SDM's condition without its maps."
+    return cond._replace(maps=(None,) * len(cond.maps)) if hasattr(cond, "maps") else cond
+
+
 def differ(net: nn.Module, task: Task, dtype: torch.dtype) -> tuple[float, float]:
     "The largest difference between what is answered from memory and what is computed anew, and the largest answer."
     net = copy.deepcopy(net).to(dtype)
     for m in net.modules():  # a mask and a clock come in float32
         if isinstance(m, (nn.Conv2d, nn.Linear)): m.register_forward_pre_hook(lambda _, given: tensors(given, lambda x: x.to(dtype)))
     cond = tensors(net.encode(task.mask.long()), lambda x: x.to(dtype))
-    truth, remembered = (n(task.eps.to(dtype), task.t, c) for n, c in ((net, cond), remember(net, cond)))
+    truth, remembered = (n(task.eps.to(dtype), task.t, c) for n, c in ((net, forget(cond)), remember(net, cond)))
     return (remembered - truth).abs().max().item(), truth.abs().max().item()
 
 
@@ -130,22 +134,52 @@ def kept_bytes(net: nn.Module, cond) -> int:
 
 
 @torch.no_grad()
-def memory(variant: str, task: Task, a) -> dict[str, dict]:
-    "P3: one evaluation with and without memory."
-    net = random_model(variant, task).net
-    for dtype, allowed in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
+def check(name: str, net: nn.Module, task: Task, allowed: dict[torch.dtype, float]) -> float:
+    "The largest difference in float32; an error where the answers differ."
+    for dtype, most in allowed.items():
         difference, answer = differ(net, task, dtype)
-        print(f"{variant}, {dtype}: answers up to {answer:.3g}, difference of the cached ones at most {difference:.2g} (allowed {allowed:g})")
-        assert answer > 1e-2 and difference <= allowed, f"{variant}: a cached mask changes the answer by {difference:g} in {dtype}"
+        print(f"{name}, {dtype}: answers up to {answer:.3g}, difference of the cached ones at most {difference:.2g} (allowed {most:g})", flush=True)
+        assert answer > 1e-2 and difference <= most, f"{name}: a cached mask changes the answer by {difference:g} in {dtype}"
+    return difference
+
+
+@torch.no_grad()
+def memory(name: str, net: nn.Module, difference: float, task: Task, a) -> dict[str, dict]:
+    "P3: one evaluation with and without memory."
     mask = task.mask.long()
     cond = net.encode(mask)
     knowing, rest = remember(net, cond)
-    calls = {"cached": lambda: knowing(task.eps, task.t, rest), "encoder's output kept": lambda: net(task.eps, task.t, cond),
+    calls = {"cached": lambda: knowing(task.eps, task.t, rest), "encoder's output kept": lambda: net(task.eps, task.t, forget(cond)),
              "all anew": lambda: net(task.eps, task.t, net.encode(mask))}
-    rows = interleave(calls, a.repeats, a.quiet, a.patience)
-    count = {k: flops(call) / 1e9 / task.batch for k, call in calls.items()}
-    held = {"cached": kept_bytes(knowing, rest), "encoder's output kept": kept_bytes(net, cond)}
-    return {f"{variant}, {k}": dict(times_ours=seconds(row) / seconds(rows["cached"]), gflop=count[k], megabytes=held.get(k, 0) / 1e6 / task.batch, difference=difference) | row for k, row in rows.items()}
+    rows, count = interleave(calls, a.repeats, a.quiet, a.patience), {k: flops(call) / 1e9 / task.batch for k, call in calls.items()}
+    held = {"cached": kept_bytes(knowing, rest), "encoder's output kept": kept_bytes(net, forget(cond))}
+    return {f"{name}, {k}": dict(times_ours=seconds(row) / seconds(rows["cached"]), gflop=count[k], megabytes=held.get(k, 0) / 1e6 / task.batch, difference=difference) | row for k, row in rows.items()}
+
+
+def remembering(task: Task, a) -> dict[str, dict]:
+    "All designs are checked; mask-guided and SDM are timed, the former also as the paper has it, one slice at a time."
+    rows, single = {}, {torch.float32: 1e-5}
+    for variant in ("mask", "edge", "conditional", "sdm"):
+        name, net = f"{variant}, {task.size} x {task.size}", random_model(config(variant, task.size)).net
+        difference = check(name, net, task, {torch.float64: 1e-6} | single)
+        if variant in ("mask", "sdm"): rows |= memory(name, net, difference, task, a)
+    if a.paper:
+        net, one = random_model(preset("mask", "paper").model).net, Task(256, 1)
+        rows |= memory("mask, paper", net, check("mask, paper", net, one, single), one, a)
+    return rows
+
+
+@torch.no_grad()
+def counted(variant: str, name: str) -> dict:
+    "GFLOP of a slice's evaluation at a preset's size, with and without memory; counted on the meta device, nothing is computed."
+    with torch.device("meta"):
+        net, s = build(preset(variant, name).model), preset(variant, name).model.size
+        x, t, mask = torch.zeros(1, 1, s, s), torch.zeros(1), torch.zeros(1, s, s, dtype=torch.long)
+        cond = net.encode(mask)
+        knowing, rest = remember(net, cond)
+        calls = dict(cached=lambda: knowing(x, t, rest), encoder_kept=lambda: net(x, t, forget(cond)), anew=lambda: net(x, t, net.encode(mask)))
+        gflop = {k: flops(call) / 1e9 for k, call in calls.items()}
+    return gflop | dict(anew_by_cached=gflop["anew"] / gflop["cached"])
 
 
 def main() -> None:
@@ -154,20 +188,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="slices at a time, of those")
     parser.add_argument("--steps", type=int, default=10, help="of the 1000 in a measurement, of those")
     parser.add_argument("--sampler", help="default: each model's own")
+    parser.add_argument("--paper", action=argparse.BooleanOptionalAction, default=True, help="P3 also for the network of the preset `paper`")
     parser.add_argument("--part", choices=("all", "embedded", "random", "memory"), default="all")
     a = parser.parse_args()
     if a.threads: torch.set_num_threads(a.threads)
     torch.manual_seed(0)
     task, parts = Task(a.size, a.batch), {}
     if a.part in ("all", "memory"):
-        parts["one evaluation, the mask remembered (P3)"] = {k: row for variant in ("mask", "edge", "conditional") for k, row in memory(variant, task, a).items()}
+        parts["one evaluation, the mask remembered (P3)"] = remembering(task, a)
+        parts["operations of one evaluation at the presets' sizes, counted"] = {f"{v}, {p}": counted(v, p) for v in ("mask", "edge", "sdm") for p in SIZES}
     if a.part in ("all", "embedded"):
         for name in ("conditional-demo", "mask-demo"):
             model, masks = embedded(name)
             parts[f"a slice by {name} (P1)"] = jobs(model, masks, a.sampler or model.sampler, 50, a)
     if a.part in ("all", "random"):
         for variant in ("conditional", "mask"):
-            model = random_model(variant, task)
+            model = random_model(config(variant, a.size))
             parts[f"a slice at {a.size} x {a.size}, {variant} (P1{', P1c' * (variant == 'conditional')})"] = jobs(model, task.mask.numpy(), a.sampler or model.sampler, a.steps, a, task if variant == "conditional" else None)
     report("sampling", parts, a.out, size=a.size, batch=a.batch, slice="seconds per slice, scaled from `measured` evaluations to `evaluations`",
         times_ours="seconds of a row divided by those of the first: above 1, the first is faster", megabytes="that a slice's mask keeps in memory")
