@@ -79,15 +79,17 @@ class ResBlock(nn.Module):
     "x + f(x, t) with two convolutions, the second one zero at the start."
     def __init__(self, i: int, o: int, emb: int | None, groups: int = 32, dropout: float = 0.):
         super().__init__()
-        self.inner = nn.Sequential(GroupNorm(i, groups), nn.SiLU(), conv3(i, o))
+        self.inner = nn.Sequential(GroupNorm(i, groups), nn.SiLU(inplace=True), conv3(i, o))
         self.emb = nn.Sequential(nn.SiLU(), nn.Linear(emb, o)) if emb else None
-        self.outer = nn.Sequential(GroupNorm(o, groups), nn.SiLU(), nn.Dropout(dropout), zero(conv3(o, o)))
+        self.outer = nn.Sequential(GroupNorm(o, groups), nn.SiLU(inplace=True), nn.Dropout(dropout), zero(conv3(o, o)))
         self.skip = nn.Identity() if i == o else nn.Conv2d(i, o, 1)
 
     def forward(self, x: Tensor, emb: Tensor | None = None) -> Tensor:
         h = self.inner(x)
-        if self.emb is not None: h = h + self.emb(emb)[:, :, None, None]
-        return self.skip(x) + self.outer(h)
+        if self.emb is not None: h += self.emb(emb)[:, :, None, None]
+        h = self.outer(h)
+        h += self.skip(x)
+        return h
 
 # %% ../../nbs/20_unet.ipynb #46712310
 class Attention(nn.Module):
@@ -179,7 +181,7 @@ class UNet(nn.Module):
         for l in reversed(range(n)):
             self.decoder.append(UpLevel(c, widths[l], [skips.pop() for _ in range(blocks + 1)], l > 0, **at[l]))
             c = widths[l]
-        self.head = nn.Sequential(GroupNorm(c, groups), nn.SiLU(), zero(conv3(c, out_channels)))
+        self.head = nn.Sequential(GroupNorm(c, groups), nn.SiLU(inplace=True), zero(conv3(c, out_channels)))
 
     def forward(
         self,
