@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 import nibabel as nib
 import numpy as np
-from isal import igzip, isal_zlib
+from isal.igzip_lib import DECOMP_GZIP, IgzipDecompressor, IsalError
 from nibabel.orientations import aff2axcodes, apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write, check_labels
 
@@ -122,12 +122,21 @@ class _Hashed(io.RawIOBase):
         self.sha.update(memoryview(block)[:n])
         return n
 
-def _pieces(read, path: Path):
-    "The uncompressed file in pieces, with None at the end if it stops in the middle; at its end gzip compares the checksum."
+def _inflated(read, path: Path):
+    "The contents of a gzip file in pieces of 4 MiB at most, with None at the end if it stops in the middle; at the end of each part its checksum is compared."
+    damaged = lambda what: CTDiffusionError(path, f"damaged compression ({what})", "an intact gzip file", "Download the file again.")
+    part, block = None, b""
     try:
-        while part := read(2**22): yield part
-    except EOFError: yield None
-    except (isal_zlib.error, igzip.BadGzipFile) as e: raise CTDiffusionError(path, f"damaged compression ({e})", "an intact gzip file", "Download the file again.") from e
+        while block := block or read(2**17):
+            if part is None:
+                if not (block := block.lstrip(b"\0")): continue  # padding
+                if not b"\x1f\x8b".startswith(block[:2]): raise damaged(f"{block[:2]!r} behind its end")
+                part = IgzipDecompressor(flag=DECOMP_GZIP)
+            yield part.decompress(block, 2**22)
+            while not (part.eof or part.needs_input): yield part.decompress(b"", 2**22)
+            block, part = (part.unused_data, None) if part.eof else (b"", part)
+    except IsalError as e: raise damaged(e) from e
+    if part: yield None
 
 def _load(path: Path, max_voxels: int, assume: str | None) -> tuple[Header, bytearray, str]:
     "A checked header, the bytes it promises, no fewer and not many more, and the sha256 of the file."
@@ -135,7 +144,7 @@ def _load(path: Path, max_voxels: int, assume: str | None) -> tuple[Header, byte
     check = lambda: check_header(data, path, os.path.getsize(path), max_voxels, assume)
     with open(path, "rb") as file:
         hashed, zipped = _Hashed(file), file.peek(2)[:2] == b"\x1f\x8b"
-        for part in _pieces(igzip.GzipFile(fileobj=hashed).read1 if zipped else hashed.read, path):
+        for part in _inflated(hashed.read, path) if zipped else iter(lambda: hashed.read(2**22), b""):
             cut = part is None
             data += part or b""
             if header is None and len(data) >= 540: header = check()
