@@ -2,12 +2,13 @@
 import numpy as np
 import pytest
 import torch
-from diffusers.schedulers import scheduling_ddim, scheduling_ddpm
+from diffusers.schedulers import scheduling_ddim, scheduling_ddpm, scheduling_dpmsolver_multistep
 
 from ctdiffusion.data.labels import CTDiffusionError
 from ctdiffusion.diffusion.reverse import predict_eps, predict_x0, velocity
-from ctdiffusion.diffusion.samplers import eps_model, parse_sampler, sample, sample_ancestral, sample_ddim
-from ctdiffusion.diffusion.schedule import gather, kept_steps, make_schedule, respace
+from ctdiffusion.diffusion.samplers import eps_model, sample_ancestral, sample_ddim
+from ctdiffusion.diffusion.schedule import gather, keep_steps, kept_steps, make_schedule, respace
+from ctdiffusion.diffusion.solvers import half_log_snr, log_snr_steps, parse_sampler, sample, sample_dpm, sample_sde
 
 SHAPE = (3, 1, 8, 8)
 SCHEDULE = make_schedule("linear", 1000)
@@ -50,6 +51,40 @@ def test_ddim_is_diffusers_ddim(monkeypatch, eta, clip):
     ours = sample_ddim(eps_model(net, None, walk), noise, walk, eta=eta, clip=clip)
     torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
+@pytest.mark.parametrize("grid", ["logsnr", "time"])
+@pytest.mark.parametrize("steps", [2, 10, 15, 25, 50])
+@pytest.mark.parametrize("ours, algorithm", [(sample_dpm, "dpmsolver++"), (sample_sde, "sde-dpmsolver++")])
+def test_dpm_is_diffusers_dpm(monkeypatch, ours, algorithm, steps, grid):
+    "On the same steps, and the same answers of a network; diffusers' own spacings are not used (they differ from each other)."
+    kept = log_snr_steps(SCHEDULE, steps) if grid == "logsnr" else kept_steps(1000, str(steps))
+    walk, x = keep_steps(SCHEDULE, kept), noise(steps)
+    theirs = scheduling_dpmsolver_multistep.DPMSolverMultistepScheduler(**BETAS, algorithm_type=algorithm, solver_order=2, final_sigmas_type="zero")
+    theirs.set_timesteps(timesteps=kept[::-1])
+    for k, t in zip(range(steps - 1, -1, -1), theirs.timesteps):
+        monkeypatch.setattr(scheduling_dpmsolver_multistep, "randn_tensor", lambda *a, k=k, **kw: noise(k))
+        x = theirs.step(net(x, t.expand(len(x)))[:, :1], t, x).prev_sample
+    torch.testing.assert_close(ours(eps_model(net, None, walk), noise, walk, clip=False), x, rtol=1e-4, atol=1e-4)
+
+def test_log_snr_grid():
+    lam = half_log_snr(SCHEDULE.alpha_bar)
+    for count in (2, 3, 7, 20, 100, 500, 999, 1000):
+        kept = log_snr_steps(SCHEDULE, count)
+        assert len(kept) == count and kept[0] == 0 and kept[-1] == 999 and (np.diff(kept) > 0).all()
+    for schedule in (make_schedule("cosine", 1000), make_schedule("linear", 50)):
+        assert log_snr_steps(schedule, 20)[::19] == [0, schedule.T - 1]
+    gaps = -np.diff(lam[log_snr_steps(SCHEDULE, 15)])
+    assert gaps.max() < 1.2 * gaps.min()   # as even as whole steps allow
+    assert log_snr_steps(SCHEDULE, 20) == [0, 1, 4, 10, 19, 35, 61, 103, 166, 253, 353, 454, 546, 629, 704, 772, 834, 893, 947, 999]
+
+@pytest.mark.parametrize("draw", [sample_dpm, sample_sde])
+def test_clipping_keeps_the_guess_in_range(draw):
+    walk, seen = keep_steps(SCHEDULE, log_snr_steps(SCHEDULE, 10)), []
+    end = draw(eps_model(net, None, walk), noise, walk, callback=seen.append)
+    assert all(s["x0"].abs().max() <= 1 for s in seen) and end.abs().max() <= 1   # the last stride ends in the guess itself
+    assert [s["t"] for s in seen] == walk.timesteps[::-1].tolist()
+    free = draw(eps_model(net, None, walk), noise, walk, clip=False)
+    assert free.abs().max() > 1
+
 # --- a world in which everything is known: independent pixels of N(mean, spread^2) ------------------------------------
 
 MEAN, SPREAD, N = 0.3, 0.25, 40_000
@@ -91,7 +126,7 @@ def test_ddim_converges_to_the_distribution():
 
 # --- contracts --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("sampler", ["250", "50", "ddim50"])
+@pytest.mark.parametrize("sampler", ["250", "50", "ddim50", "dpm15", "sde15", "15-logsnr"])
 def test_a_slice_does_not_depend_on_its_batch(sampler):
     together = sample(net, None, noise, SCHEDULE, sampler)
     for i in range(3):
@@ -99,7 +134,7 @@ def test_a_slice_does_not_depend_on_its_batch(sampler):
         torch.testing.assert_close(alone, together[i:i + 1], rtol=0, atol=1e-5)
     assert together.abs().max() <= 1
 
-@pytest.mark.parametrize("sampler, asked", [("25", list(range(25, 0, -1))), ("ddim25", [25])])
+@pytest.mark.parametrize("sampler, asked", [("25", list(range(25, 0, -1))), ("ddim25", [25]), ("dpm15", [15]), ("sde15", list(range(15, 0, -1)))])
 def test_the_last_step_draws_nothing(sampler, asked):
     heard = []
     sample(net, None, lambda k: heard.append(k) or noise(k), SCHEDULE, sampler)

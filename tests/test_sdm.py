@@ -11,7 +11,7 @@ from torch import nn
 
 from ctdiffusion.data.labels import CTDiffusionError
 from ctdiffusion.data.slices import edge_map
-from ctdiffusion.diffusion.samplers import sample
+from ctdiffusion.diffusion.solvers import sample
 from ctdiffusion.diffusion.schedule import make_schedule
 from ctdiffusion.models.conditioning import one_hot_map
 from ctdiffusion.models.sdm import NOTHING, SDM, AdmBlock, Guided, Modulation, SpadeGroupNorm, drop_labels, guide, keep_labels

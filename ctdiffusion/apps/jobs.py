@@ -21,7 +21,7 @@ from ..data.labels import CTDiffusionError
 from ..data.phantom import make_dataset
 from ..data.splits import PAPER_SLICES
 from ..data.store import Store
-from ..diffusion.samplers import parse_sampler
+from ..diffusion.solvers import parse_sampler
 from ..diffusion.schedule import make_schedule
 from ..evaluation.claims import DESIGNS
 from ..models.variants import SIZES, VARIANTS, cost, one_of, preset

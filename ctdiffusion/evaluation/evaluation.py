@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 
 from ..data.labels import CTDiffusionError
 from ..data.store import Store, open_store
-from ..diffusion.samplers import parse_sampler
+from ..diffusion.solvers import parse_sampler
 from ..diffusion.schedule import make_schedule
 from .distance import Features, Inception, RandomConvolutions
 from .judge import MODES, Judge, TotalSegmentator

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any, get_type_hints
 
 from ..data.labels import AMOS, ClassTable, CTDiffusionError
-from ..diffusion.samplers import parse_sampler
+from ..diffusion.solvers import parse_sampler
 from ..diffusion.schedule import make_schedule
 from ..models.variants import PRESETS, VARIANTS, Preset, TrainConfig, one_of, preset
 

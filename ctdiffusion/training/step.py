@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write, colorize
 from ..data.store import Store
 from ..diffusion.objective import hybrid_loss
-from ..diffusion.samplers import sample
+from ..diffusion.solvers import sample
 from ..diffusion.schedule import Schedule, make_schedule, q_sample
 from ..models.variants import VARIANTS, ModelConfig, build
 from .runs import generator, latest_checkpoint, learned_weights, read_checkpoint
