@@ -139,12 +139,14 @@ def _ids(mask: np.ndarray, name: str, table: ClassTable) -> np.ndarray:
     if mask.min() < 0 or mask.max() >= table.n: check_labels(mask, name, table)
     return mask
 
-def _pair_counts(truth: np.ndarray, prediction: np.ndarray, n: int, piece: int = 1 << 16) -> np.ndarray:
-    "(n, n): how many voxels have each pair of ids, counted in pieces that fit a cache."
-    total = np.zeros(n * n, np.int64)
+def _pair_counts(truth: np.ndarray, prediction: np.ndarray, n: int, piece: int = 1 << 17) -> np.ndarray:
+    "(n, n): how many voxels have each pair of ids, counted by runs of equal pairs, in pieces that fit a cache."
+    kind, total = np.min_scalar_type(n * n - 1).type, np.zeros(n * n, np.int64)
     for k in range(0, truth.size, piece):
-        t, p = (ids[k:k + piece].astype(np.intp) for ids in (truth, prediction))
-        total += np.bincount(t * n + p, minlength=n * n)
+        t, p = (ids[k:k + piece].astype(kind) for ids in (truth, prediction))
+        pair = t * kind(n) + p
+        ends = np.append(np.flatnonzero(pair[1:] != pair[:-1]), pair.size - 1)
+        total += np.bincount(pair[ends], np.diff(ends, prepend=-1), n * n).astype(np.int64)
     return total.reshape(n, n)
 
 # %% ../../nbs/50_quality.ipynb #2c0238d9
