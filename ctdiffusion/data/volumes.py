@@ -8,7 +8,7 @@ __all__ = ['MAX_VOXELS', 'RULES', 'DEFLATE_RATIO', 'AIR', 'nifti_bytes', 'looks_
            'write_volume']
 
 # %% ../../nbs/02_volumes.ipynb #654315eb
-import gzip, hashlib, io, os
+import gzip, hashlib, os
 from dataclasses import dataclass
 from pathlib import Path
 import nibabel as nib
@@ -113,15 +113,6 @@ def check_header(block: bytes, path: str | Path, on_disk: int, max_voxels: int =
     raise CTDiffusionError(path, f"{on_disk:,} bytes that claim to hold {header.size:,}", f"at least {header.size // DEFLATE_RATIO:,}", _INTERRUPTED)
 
 # %% ../../nbs/02_volumes.ipynb #c1a5b0e1
-class _Hashed(io.RawIOBase):
-    "A file that is hashed while it is read."
-    def __init__(self, file): self.file, self.sha = file, hashlib.sha256()
-    def readable(self) -> bool: return True
-    def readinto(self, block) -> int:
-        n = self.file.readinto(block)
-        self.sha.update(memoryview(block)[:n])
-        return n
-
 def _inflated(read, path: Path):
     "The contents of a gzip file in pieces of 4 MiB at most, with None at the end if it stops in the middle; at the end of each part its checksum is compared."
     damaged = lambda what: CTDiffusionError(path, f"damaged compression ({what})", "an intact gzip file", "Download the file again.")
@@ -140,20 +131,19 @@ def _inflated(read, path: Path):
 
 def _load(path: Path, max_voxels: int, assume: str | None) -> tuple[Header, bytearray, str]:
     "A checked header, the bytes it promises, no fewer and not many more, and the sha256 of the file."
-    data, header, cut = bytearray(), None, False
+    data, header, cut, sha = bytearray(), None, False, hashlib.sha256()
     check = lambda: check_header(data, path, os.path.getsize(path), max_voxels, assume)
     with open(path, "rb") as file:
-        hashed, zipped = _Hashed(file), file.peek(2)[:2] == b"\x1f\x8b"
-        for part in _inflated(hashed.read, path) if zipped else iter(lambda: hashed.read(2**22), b""):
+        def read(n: int = 2**22) -> bytes: sha.update(block := file.read(n)); return block
+        for part in _inflated(read, path) if file.peek(2)[:2] == b"\x1f\x8b" else iter(read, b""):
             cut = part is None
             data += part or b""
             if header is None and len(data) >= 540: header = check()
             if header and len(data) > header.size + 2**24: raise CTDiffusionError(path, f"more than {len(data):,} bytes", f"{header.size:,} by its header", _AGAIN)
     header = header or check()
-    if not cut and len(data) >= header.size: return header, data, hashed.sha.hexdigest()
+    if not cut and len(data) >= header.size: return header, data, sha.hexdigest()
     raise CTDiffusionError(path, f"holds {min(len(data), header.size):,} of {header.size:,} bytes", "a whole file", _INTERRUPTED)
 
-# %% ../../nbs/02_volumes.ipynb #cd307aa5
 def _values(header: Header, data: bytearray, path: Path) -> np.ndarray:
     "slope x stored + intercept: small integers as stored, else int16 where that is exact and float32 otherwise."
     raw = np.frombuffer(data, header.dtype, int(np.prod(header.shape)), header.offset).reshape(header.shape, order="F")
@@ -241,9 +231,8 @@ def read_labels(
 ) -> Volume:                       # uint8 ids
     "A label volume in RAS order: whole numbers that the class table knows."
     v = _volume(path, max_voxels, assume)
-    whole = v.data.dtype.kind != "f"
-    ids = v.data if whole else np.rint(v.data)
-    off = np.zeros(1) if whole else np.abs(v.data - ids)
+    ids = np.rint(v.data) if v.data.dtype.kind == "f" else v.data
+    off = np.zeros(1) if ids is v.data else np.abs(v.data - ids)
     if off.max() > 1e-3:
         odd = ", ".join(f"{x:g} ({n} voxels)" for x, n in list(zip(*np.unique(v.data[off > 1e-3], return_counts=True)))[:5])
         raise CTDiffusionError(path, f"labels {odd}", "whole numbers", "Export the labels again without interpolation (nearest neighbour).")
