@@ -1,13 +1,15 @@
 # make demo   train on drawn patients, then synthesise a held-out volume (minutes, no GPU, no data)
 # make test   run every page, then pytest
+# make bench  time the project beside its peers, quiet calls only (see bench/README.md; best on an idle machine)
 # Both set up .venv on the first call and reuse it afterwards.
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/.ready
 JUDGE  := .venv-judge/bin
 PAGES  := ^([0-9]|index)
+BENCH  := $(filter-out harness steps gpu,$(basename $(notdir $(wildcard bench/*.py))))
 
-.PHONY: demo test judge export clean readme constraints
+.PHONY: demo test bench judge export clean readme constraints
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -19,6 +21,9 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --file_re '$(PAGES)' --n_workers 2 --do_print
 	$(BIN)/python -m pytest
+
+bench: $(READY)    # one after the other: nbs/results/bench-*.json
+	for b in $(BENCH); do $(BIN)/python bench/$$b.py --out nbs/results/bench-$$b.json || exit 1; done
 
 judge: $(READY) .venv-judge/.ready   # TotalSegmentator, once for real: 2.6 GB and some minutes the first time, no weights
 	OMP_NUM_THREADS=1 CTDIFFUSION_JUDGE=$(JUDGE)/python $(BIN)/python -m pytest tests/test_judge.py -k real_package

@@ -154,7 +154,7 @@ def show(title: str, rows: list[dict] | dict[str, dict]) -> None:
     named = rows if isinstance(rows, dict) else {str(i): row for i, row in enumerate(rows)}
     print(f"\n{title}", *table(named), sep="\n")
     noisy = [n for n, row in named.items() if row.get("read") == "cpu"]
-    if noisy: print(f"NOT QUIET: {', '.join(noisy)}: others used the CPUs during too many calls. Read the CPU seconds (they hold with --threads 1), or repeat.")
+    if noisy: print(f"NOT QUIET ({'all rows' if len(noisy) == len(named) else ', '.join(map(str, noisy))}): others used the CPUs during too many calls. The ratios here are of CPU seconds (they hold with --threads 1); repeat when it is quiet.")
     if any(row.get("read") and row.get("foreign") is None for row in named.values()): print("Nobody counts what others used here: every call was kept.")
 
 

@@ -5,10 +5,11 @@
 
 Everybody gets the same task: 1 noisy channel and 17 of a label map in, 2 channels out, width 64 with multipliers 1, 2, 2,
 two residual blocks a level, attention at a quarter of the size, float32, batch 8 at 64 x 64. Ours, diffusers' and MONAI's networks have
-the same number of parameters and operations (asserted to 2 %); denoising-diffusion-pytorch has a network of its own.
+the same number of parameters and operations (asserted to 2 %) and, given the same weights, the same answers (asserted to 1e-4); denoising-diffusion-pytorch has a network of its own.
 Each is used as its documentation shows: ours by `training.state` (hybrid loss, fused AdamW, averaged weights) and, to sample, in
 channels_last as `load` does it; diffusers by DDPMScheduler, AdamW, clipping, EMAModel; MONAI by DiffusionInferer(mode="concat");
 denoising-diffusion-pytorch by Adam, clipping and EMA, as its Trainer. Only ours pays for the variational bound.
+A 3x3 convolution by itself shows what the processor gives beside the matrix product.
 """
 from collections.abc import Callable
 
@@ -27,6 +28,7 @@ from ctdiffusion.training.step import fetch
 
 CLASSES, CHANNELS, MULT = 17, 64, (1, 2, 2)
 SAME = ("ours", "diffusers", "MONAI")  # of these, the networks are the same
+REFERENCE = "a 3x3 convolution, 20 times"  # no competitor
 
 
 def config(variant: str = "conditional", size: int = 64) -> ModelConfig:
@@ -45,17 +47,17 @@ def awake(net: nn.Module) -> nn.Module:
 
 def diffusers_net(size: int) -> nn.Module | None:
     "UNet2DModel; its option for the time is \"default\", an addition as ours is (\"scale_shift\" has 6.96 M parameters and the same operations)."
-    if not (d := optional("diffusers")): return None
+    if not (d := optional("diffusers", "diffusers")): return None
     kinds = ["DownBlock2D"] * (len(MULT) - 1) + ["AttnDownBlock2D"]
     return d.UNet2DModel(size, 1 + CLASSES, 2, block_out_channels=tuple(CHANNELS * m for m in MULT), layers_per_block=2, down_block_types=kinds,
         up_block_types=[k.replace("Down", "Up") for k in reversed(kinds)], attention_head_dim=CHANNELS * MULT[-1], norm_num_groups=32, resnet_time_scale_shift="default")
 
 
 def monai_net() -> nn.Module | None:
-    if not optional("monai.networks.nets", "monai"): return None
+    if not (optional("monai.networks.nets", "MONAI") and optional("einops", "MONAI's need of einops")): return None
     from monai.networks.nets import DiffusionModelUNet
     return DiffusionModelUNet(2, 1 + CLASSES, 2, num_res_blocks=2, channels=tuple(CHANNELS * m for m in MULT), attention_levels=(False, False, True),
-        norm_num_groups=32, num_head_channels=CHANNELS * MULT[-1], use_flash_attention=True)
+        norm_num_groups=32, norm_eps=1e-5, num_head_channels=CHANNELS * MULT[-1], use_flash_attention=True)
 
 
 def lucidrains_net() -> nn.Module | None:
@@ -88,7 +90,40 @@ def sampling(task: Task) -> dict[str, tuple[nn.Module, Callable[[], Tensor]]]:
         rows["diffusers, channels_last"] = last, lambda: last(torch.cat([task.eps, task.maps], 1).contiguous(memory_format=torch.channels_last), task.t).sample
     if m := monai_net(): rows["MONAI"] = m.eval(), lambda: m(torch.cat([task.eps, task.maps], 1), timesteps=task.t)
     if u := lucidrains_net(): rows["denoising-diffusion-pytorch"] = u.eval(), lambda: u(torch.cat([task.eps, task.maps], 1), task.t)
+    rows[REFERENCE] = convolution(task.batch)
     return rows
+
+
+def convolution(batch: int) -> tuple[nn.Module, Callable[[], None]]:
+    "What the network mostly consists of, alone: how fast this processor convolves."
+    conv = nn.Conv2d(128, 128, 3, padding=1).to(memory_format=torch.channels_last)
+    x = torch.randn(batch, 128, 32, 32).contiguous(memory_format=torch.channels_last)
+    return conv, lambda: [conv(x) for _ in range(20)]
+
+
+def executed(net: nn.Module, call: Callable[[], object]) -> list[tuple[Tensor, Tensor]]:
+    "Weights and biases in the order in which an evaluation uses them; query, key and value apart."
+    used, hooks = [], []
+    for m in net.modules():
+        if isinstance(m, (nn.Linear, nn.Conv2d, nn.GroupNorm)): hooks.append(m.register_forward_hook(lambda m, *_: used.append((m.weight.data, m.bias.data))))
+    call()
+    for h in hooks: h.remove()
+    three = lambda w: 3 if w.ndim == 4 and w.shape[2:] == (1, 1) and len(w) == 3 * w.shape[1] else 1
+    return [pair for w, b in used for pair in zip(w.chunk(three(w)), b.chunk(three(w)))]
+
+
+def same_answers(rows: dict) -> dict[str, float]:
+    "Our weights into a peer's network, each into the first place of its shape that is still free: the largest difference of the answers."
+    found, truth = {}, rows["ours"][1]()
+    for k in [k for k in rows if k.split(",")[0] in SAME and k != "ours"]:
+        free = executed(*rows[k])
+        for w, b in executed(*rows["ours"]):
+            place = next(i for i, (x, _) in enumerate(free) if (len(x), x.numel()) == (len(w), w.numel()))
+            for mine, theirs in zip((w, b), free.pop(place)): theirs.copy_(mine.reshape(theirs.shape))
+        found[k] = (rows[k][1]() - truth).abs().max().item()
+        print(f"{k}: with our weights it answers as ours does to {found[k]:.1e} (answers up to {truth.abs().max().item():.2f})")
+        assert not free and found[k] < 1e-4, f"{k} is another network: it differs by {found[k]:g}"
+    return found
 
 
 # ------------------------------------------------------------------------------------------ training: one step of everything
@@ -149,7 +184,8 @@ def compare(what: str, networks: dict, batch: int, a) -> dict[str, dict]:
         for key in ("params", "gflop"):
             if k in about: assert abs(about[k][key] / about["ours"][key] - 1) < 0.02, f"{what}: {key} of {k}: {about[k][key]}, ours {about['ours'][key]}"
     rows = interleave({k: call for k, (_, call) in networks.items()}, a.repeats, a.quiet, a.patience)
-    return {k: about[k] | dict(times_ours=seconds(rows[k]) / seconds(rows["ours"]), of_matmul=share(rows[k], about[k]["gflop"] * 1e9 * batch)) | rows[k] for k in rows}
+    times = lambda k: seconds(rows[k]) / seconds(rows["ours"]) if k != REFERENCE else None
+    return {k: about[k] | dict(times_ours=times(k), of_matmul=share(rows[k], about[k]["gflop"] * 1e9 * batch)) | rows[k] for k in rows}
 
 
 def main() -> None:
@@ -160,11 +196,14 @@ def main() -> None:
     a = parser.parse_args()
     if a.threads: torch.set_num_threads(a.threads)
     torch.manual_seed(0)
-    task, parts = Task(a.size, a.batch), {}
+    task, parts, difference = Task(a.size, a.batch), {}, {}
     if a.part != "training":
-        with torch.no_grad(): parts["one evaluation while sampling (P2)"] = compare("sampling", sampling(task), a.batch, a)
+        with torch.no_grad():
+            networks = sampling(task)
+            difference = same_answers(networks)
+            parts["one evaluation while sampling (P2)"] = compare("sampling", networks, a.batch, a)
     if a.part != "sampling": parts["one training step (P4)"] = compare("training", training(task), a.batch, a)
-    report("network", parts, a.out, size=a.size, batch=a.batch, times_ours="seconds of a competitor divided by ours: above 1, ours is faster", gflop="of one slice; a multiply-add is 2")
+    report("network", parts, a.out, size=a.size, batch=a.batch, difference=difference, times_ours="seconds of a competitor divided by ours: above 1, ours is faster", gflop="of one slice; a multiply-add is 2")
 
 
 if __name__ == "__main__": main()

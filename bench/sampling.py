@@ -8,22 +8,24 @@ P1   `synthesize_slices` with the default sampler, against the same network that
      (all steps cost the same), so that five measurements have seen at least 50.
 P1c  the same against diffusers' UNet2DModel and DDIMScheduler with 50 steps, equal parameters and operations; its steps are scaled in the same way.
 P3   one evaluation with everything that depends on the mask alone kept, against one that encodes the mask again, and one that
-     keeps the encoder's output only. All three must answer the same: to 1e-5 in float32 and to 1e-6 in float64, or the script fails.
+     keeps the encoder's output only (SDM has no encoder of masks: its channels). All three must answer the same: to 1e-5 in float32 and to 1e-6 in float64, or the script fails.
 
 The embedded models answer for the small size; networks with random weights for 6.48 M parameters at 64 x 64 (`network.py`): time does not depend on weights.
 """
+import copy
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness import arguments, interleave, optional, report, seconds
+from harness import arguments, flops, interleave, optional, report, seconds
 from network import Task, awake, config, diffusers_net
 
 from ctdiffusion.data.labels import AMOS
+from ctdiffusion.models.cache import Half, remember
 from ctdiffusion.models.unet import n_params
-from ctdiffusion.models.variants import build, preset
+from ctdiffusion.models.variants import SIZES, build, preset
 from ctdiffusion.synthesis.synthesis import Model, load, slice_noise, synthesize_slices
 from ctdiffusion.training.step import make_slices
 
@@ -34,7 +36,6 @@ class Anew:
     "A network that remembers nothing of the mask from one step to the next, or its encoder's output only."
     def __init__(self, net: nn.Module, every_step: bool): self.net, self.every_step = net, every_step
     def encode(self, mask: Tensor): return mask if self.every_step else self.net.encode(mask)
-    def cached(self, cond): return cond
     def __call__(self, xt: Tensor, t: Tensor, cond) -> Tensor: return self.net(xt, t, self.net.encode(cond) if self.every_step else cond)
 
 
@@ -103,18 +104,34 @@ def random_model(variant: str, task: Task) -> Model:
     return Model(net, c, AMOS, 40, 400, preset(variant).train.sampler, f"{variant}, random", "")
 
 
-def differ(net: nn.Module, task: Task) -> float:
-    "The largest difference between what is answered from memory and what is computed anew, and the largest answer: (difference, answer)."
-    mask, x = task.mask.long(), task.eps.to(next(net.parameters()).dtype)
-    truth, cond = net(x, task.t, net.encode(mask)), net.encode(mask)
-    return max((net(x, task.t, c) - truth).abs().max().item() for c in (cond, net.cached(cond))), truth.abs().max().item()
+def tensors(x, f: Callable[[Tensor], object]):
+    "`f` of every tensor within named and other tuples, lists and dicts."
+    if isinstance(x, Tensor): return f(x)
+    if isinstance(x, dict): return {k: tensors(v, f) for k, v in x.items()}
+    if isinstance(x, (tuple, list)): return type(x)(*(tensors(v, f) for v in x)) if hasattr(x, "_fields") else type(x)(tensors(v, f) for v in x)
+    return x
 
 
-def kept_bytes(cond) -> int:
-    "Memory of all tensors within a tuple of tuples."
-    if isinstance(cond, Tensor): return cond.nbytes
-    if isinstance(cond, dict): cond = tuple(cond.values())
-    return sum(map(kept_bytes, cond)) if isinstance(cond, (tuple, list)) else 0
+def forget(cond):
+    "What a step must begin with that remembers nothing: SDM's condition without its maps."
+    return cond._replace(maps=(None,) * len(cond.maps)) if hasattr(cond, "maps") else cond
+
+
+def differ(net: nn.Module, task: Task, dtype: torch.dtype) -> tuple[float, float]:
+    "The largest difference between what is answered from memory and what is computed anew, and the largest answer."
+    net = copy.deepcopy(net).to(dtype)
+    for m in net.modules():  # a mask and a clock come in float32
+        if isinstance(m, (nn.Conv2d, nn.Linear)): m.register_forward_pre_hook(lambda _, given: tensors(given, lambda x: x.to(dtype)))
+    cond = tensors(net.encode(task.mask.long()), lambda x: x.to(dtype))
+    truth, remembered = (n(task.eps.to(dtype), task.t, c) for n, c in ((net, forget(cond)), remember(net, cond)))
+    return (remembered - truth).abs().max().item(), truth.abs().max().item()
+
+
+def kept_bytes(net: nn.Module, cond) -> int:
+    "Memory of all tensors of a condition, and of the maps within a network that remembers it."
+    sizes = {}
+    for x in (cond, [m.map for m in net.modules() if isinstance(m, Half)]): tensors(x, lambda x: sizes.setdefault(x.data_ptr(), x.nbytes))
+    return sum(sizes.values())
 
 
 @torch.no_grad()
@@ -122,23 +139,37 @@ def memory(variant: str, task: Task, a) -> dict[str, dict]:
     "P3: one evaluation with and without memory."
     net = random_model(variant, task).net
     for dtype, allowed in ((torch.float64, 1e-6), (torch.float32, 1e-5)):
-        difference, answer = differ(net.to(dtype), task)
+        difference, answer = differ(net, task, dtype)
         print(f"{variant}, {dtype}: answers up to {answer:.3g}, difference of the cached ones at most {difference:.2g} (allowed {allowed:g})")
         assert answer > 1e-2 and difference <= allowed, f"{variant}: a cached mask changes the answer by {difference:g} in {dtype}"
     mask = task.mask.long()
     cond = net.encode(mask)
-    cached = net.cached(cond)
-    calls = {"cached": lambda: net(task.eps, task.t, cached), "encoder's output kept": lambda: net(task.eps, task.t, cond),
+    knowing, rest = remember(net, cond)
+    calls = {"cached": lambda: knowing(task.eps, task.t, rest), "encoder's output kept": lambda: net(task.eps, task.t, forget(cond)),
              "all anew": lambda: net(task.eps, task.t, net.encode(mask))}
     rows = interleave(calls, a.repeats, a.quiet, a.patience)
-    held = {"cached": kept_bytes(cached), "encoder's output kept": kept_bytes(cond)}
-    return {f"{variant}, {k}": dict(times_ours=seconds(row) / seconds(rows["cached"]), megabytes=held.get(k, 0) / 1e6 / task.batch, difference=difference) | row for k, row in rows.items()}
+    count = {k: flops(call) / 1e9 / task.batch for k, call in calls.items()}
+    held = {"cached": kept_bytes(knowing, rest), "encoder's output kept": kept_bytes(net, forget(cond))}
+    return {f"{variant}, {k}": dict(times_ours=seconds(row) / seconds(rows["cached"]), gflop=count[k], megabytes=held.get(k, 0) / 1e6 / task.batch, difference=difference) | row for k, row in rows.items()}
+
+
+@torch.no_grad()
+def counted(variant: str, name: str) -> dict:
+    "GFLOP of a slice's evaluation at a preset's size, with and without memory; counted on the meta device, nothing is computed."
+    with torch.device("meta"):
+        net, s = build(preset(variant, name).model), preset(variant, name).model.size
+        x, t, mask = torch.zeros(1, 1, s, s), torch.zeros(1), torch.zeros(1, s, s, dtype=torch.long)
+        cond = net.encode(mask)
+        knowing, rest = remember(net, cond)
+        calls = dict(cached=lambda: knowing(x, t, rest), encoder_kept=lambda: net(x, t, forget(cond)), anew=lambda: net(x, t, net.encode(mask)))
+        gflop = {k: flops(call) / 1e9 for k, call in calls.items()}
+    return gflop | dict(anew_by_cached=gflop["anew"] / gflop["cached"])
 
 
 def main() -> None:
     parser = arguments(__doc__, patience=100)
     parser.add_argument("--size", type=int, default=64, help="of the networks with random weights")
-    parser.add_argument("--batch", type=int, default=4, help="slices at a time, of those")
+    parser.add_argument("--batch", type=int, default=8, help="slices at a time, of those")
     parser.add_argument("--steps", type=int, default=10, help="of the 1000 in a measurement, of those")
     parser.add_argument("--sampler", help="default: each model's own")
     parser.add_argument("--part", choices=("all", "embedded", "random", "memory"), default="all")
@@ -147,7 +178,8 @@ def main() -> None:
     torch.manual_seed(0)
     task, parts = Task(a.size, a.batch), {}
     if a.part in ("all", "memory"):
-        parts["one evaluation, the mask remembered (P3)"] = {k: row for variant in ("mask", "edge", "conditional") for k, row in memory(variant, task, a).items()}
+        parts["one evaluation, the mask remembered (P3)"] = {k: row for variant in ("mask", "edge", "conditional", "sdm") for k, row in memory(variant, task, a).items()}
+        parts["operations of one evaluation at the presets' sizes, counted"] = {f"{v}, {p}": counted(v, p) for v in ("mask", "edge", "sdm") for p in SIZES}
     if a.part in ("all", "embedded"):
         for name in ("conditional-demo", "mask-demo"):
             model, masks = embedded(name)

@@ -22,6 +22,7 @@ from harness import arguments, interleave, report, seconds, spent
 from network import Task, awake
 
 from ctdiffusion.data.labels import AMOS
+from ctdiffusion.models.cache import remember
 from ctdiffusion.models.unet import n_params
 from ctdiffusion.models.variants import ModelConfig, build, preset
 from ctdiffusion.synthesis.synthesis import Model, synthesize_slices
@@ -48,7 +49,7 @@ def step_calls(variant: str, name: str, size: int, batch: int) -> dict[str, Call
     "One evaluation and one training step."
     config, task = shaped(variant, name, size), Task(size, batch)
     net = model_of(config).net
-    cond = net.cached(net.encode(task.mask.long()))
+    net, cond = remember(net, net.encode(task.mask.long()))
     state = begin(config, replace(preset(variant, name).train, batch=batch), task.store, device="cpu")
     return {"evaluation": torch.no_grad()(lambda: net(task.eps, task.t, cond)), "training step": state.train_step}
 

@@ -91,8 +91,8 @@ class Conditioned(nn.Module):
         mask: Tensor,  # (B,H,W) integer ids
     ) -> Cond:
         "Whatever can be computed from the mask alone."
-        maps = ENCODINGS[self.encoding](mask, self.classes)
-        source = edge_map(mask)[:, None].float() if self.guiding == "edge" else maps
+        maps = ENCODINGS[self.encoding](mask, self.classes).to(self.unet.stem.weight.dtype)
+        source = edge_map(mask)[:, None].to(maps.dtype) if self.guiding == "edge" else maps
         return Cond(maps if self.beside else None, self.encoder(source) if self.encoder else ())
 
     def forward(

@@ -34,7 +34,7 @@ class TimeEmbedding(nn.Sequential):
         super().__init__(nn.Linear(channels, 4 * channels), nn.SiLU(), nn.Linear(4 * channels, 4 * channels))
 
     def forward(self, t: Tensor) -> Tensor:
-        return super().forward(timestep_embedding(t, self[0].in_features))
+        return super().forward(timestep_embedding(t, self[0].in_features).to(self[0].weight.dtype))
 
 # %% ../../nbs/20_unet.ipynb #45a5650e
 class GroupNorm(nn.GroupNorm):

@@ -24,6 +24,7 @@ from ..data.store import Store
 from ..diffusion.objective import hybrid_loss
 from ..diffusion.solvers import sample
 from ..diffusion.schedule import Schedule, make_schedule, q_sample
+from ..models.cache import remember
 from ..models.variants import VARIANTS, ModelConfig, build
 from .runs import generator, latest_checkpoint, learned_weights, read_checkpoint
 
@@ -185,7 +186,7 @@ def make_slices(
 ) -> Tensor:                            # x0 (B, 1, H, W) in [-1, 1]
     "Slices for encoded masks: the reverse process of eq. (5), or one pass of a generator."
     schedule = make_schedule(model.schedule, model.T)
-    if VARIANTS[model.variant].family == "diffusion": return sample(net, cond, noise, schedule, sampler, model.target, callback)
+    if VARIANTS[model.variant].family == "diffusion": return sample(*remember(net, cond), noise, schedule, sampler, model.target, callback)
     draws = -(-net.noise_size // model.size ** 2)
     return net(cond, torch.cat([noise(k).flatten(1) for k in range(draws)], 1)[:, :net.noise_size] if draws else None)
 
