@@ -74,7 +74,7 @@ def entry(case: Case, image: Volume, label: Volume | None, x: np.ndarray, y: np.
     stat = lambda v, s: dict(path=v.source.path, sha256=v.source.sha256, bytes=s.st_size, mtime_ns=s.st_mtime_ns)
     file = lambda v: stat(v, os.stat(v.source.path))
     return dict(id=case.id, split=case.split, slices=nz, shape=[nx, ny, nz], spacing=image.spacing.tolist(), pixel=[sy * ny / size, sx * nx / size],
-                affine=image.source.affine.tolist(), axcodes=image.source.axcodes, source_shape=list(image.source.shape), body=round(np.count_nonzero(y) / y.size, 4),
+                affine=image.source.affine.tolist(), axcodes=image.source.axcodes, source_shape=list(image.source.shape), body=round(float(np.count_nonzero(y) / y.size), 4),
                 image=file(image), label=file(label) if label else None, voxels=digest(axial(image.data)), sha256=digest(x, y))
 
 # %% ../../nbs/05_preparation.ipynb #362cfd22
