@@ -9,7 +9,8 @@ import pytest
 from ctdiffusion.data.cases import Case, check_case_id, find_cases, has_error, hold_out, inside, problems_table, read_case, write_problems
 from ctdiffusion.data.labels import AMOS, ClassTable, CTDiffusionError, LabelClass
 from ctdiffusion.data.phantom import make_dataset, phantom, save_patient
-from ctdiffusion.data.preparation import PrepareConfig, choose, count_slices
+from ctdiffusion.data.preparation import PrepareConfig, choose, count_slices, digest, entry, slices_of
+from ctdiffusion.data.slices import axial, body_mask, resize_images, resize_labels, window, with_body
 from ctdiffusion.data.store import PrepareError, open_store, prepare
 from ctdiffusion.data.volumes import nifti_bytes
 
@@ -320,3 +321,20 @@ def test_job_shows_everything_and_then_fails(data, tmp_path):
     page = (tmp_path / "out.ipynb").read_text()
     assert "a web page" in page and "255 (" in page and '"name": "stderr"' not in page
     assert not (tmp_path / "run/store").exists() and "No store, no figures." in page and "No search: 1 validation patients" in page
+
+
+def test_slices_are_the_plain_chain_and_the_voxels_one_checksum(tmp_path, patient):
+    "Window, axial slices, resize of the whole volume at once; the same for every order of storage."
+    p, sums = patient, set()
+    for codes in ("RAS", "LPS", "LPI", "PIR", "SAL"):
+        save_patient(p, tmp_path / "i.nii.gz", tmp_path / "l.nii.gz", orientation=codes)
+        case = Case("c", tmp_path / "i.nii.gz", tmp_path / "l.nii.gz", "train")
+        image, label, _ = read_case(case)
+        x, y = slices_of(image, label, CONFIG)
+        full = with_body(p.labels, body_mask(p.hu, image.spacing, p.labels), AMOS.body)
+        assert (x == np.rint(255 * resize_images(axial(window(p.hu)), 32)).astype(np.uint8)).all() and (y == resize_labels(axial(full), 32)).all()
+        assert (slices_of(image, None, CONFIG)[1] == AMOS.body * resize_labels(axial(body_mask(p.hu, image.spacing)), 32)).all()
+        e = entry(case, image, label, x, y)
+        sums.add((e["voxels"], e["sha256"]))
+        assert e["sha256"] == digest(x.tobytes(), y.tobytes()) and all((np.diff(np.abs(v.data.strides)) > 0).all() for v in (image, label))
+    assert len(sums) == 1

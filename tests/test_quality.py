@@ -4,7 +4,8 @@ import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
 from ctdiffusion.data.labels import AMOS, ClassTable, CTDiffusionError, LabelClass
-from ctdiffusion.data.slices import window
+from ctdiffusion.data.phantom import phantom
+from ctdiffusion.data.slices import axial, resize_images, window
 from ctdiffusion.evaluation.quality import (
     DICE, PSNR, bootstrap, check_slices, dice, hu_errors, organ_dice, mean_of, paired_difference, paired_scores, psnr, ssim, ssim_map, to_bytes,
 )
@@ -37,6 +38,17 @@ def test_ssim_is_scikit_images(kind, shape):
     real, fake = (np.resize(x, (3, *shape)) for x in pair(kind))
     theirs = [structural_similarity(floats(r), floats(f), data_range=1) for r, f in zip(real, fake)]
     np.testing.assert_allclose(ssim(real, fake), theirs, rtol=1e-6, atol=1e-9)
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.uint8])
+def test_ssim_of_ct_slices_is_scikit_images_window_by_window(dtype):
+    p = phantom(seed=4, size=64)
+    real = resize_images(window(axial(p.hu)[::9]), (61, 84))
+    fake = np.clip(resize_images(resize_images(real, 20), (61, 84)) + .04 * np.random.default_rng(0).standard_normal(real.shape), 0, 1)
+    real, fake = (to_bytes(x) if dtype == np.uint8 else x.astype(dtype) for x in (real, fake))
+    both = [structural_similarity(floats(r), floats(f), data_range=1, full=True) for r, f in zip(real, fake)]
+    np.testing.assert_allclose(ssim(real, fake), [value for value, _ in both], atol=1e-12)
+    for r, f, (_, whole) in zip(real, fake, both): np.testing.assert_allclose(ssim_map(floats(r), floats(f)), whole[3:-3, 3:-3], atol=1e-11)
+    np.testing.assert_array_equal(ssim(real, fake), np.concatenate([ssim(real[k:k + 1], fake[k:k + 1]) for k in range(len(real))]))
 
 def test_both_are_their_formulas():
     "PSNR from the mean squared error, SSIM window by window with unbiased variances."
@@ -89,6 +101,17 @@ def test_hu_errors_are_the_shift_of_each_organ_and_no_other():
     assert errors["liver"] == pytest.approx(-30, abs=.01) and errors["spleen"] == 0
 
 # ------------------------------------------------------------------------------------------------------------ Dice
+
+@pytest.mark.parametrize("table", [AMOS, ClassTable("many", tuple(LabelClass(k, f"c{k}", (0, 0, 0)) for k in range(300)))], ids=["17 classes", "300 classes"])
+@pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.int64])
+def test_dice_is_exactly_that_of_boolean_masks(dtype, table):
+    "Runs and noise, more voxels than one piece of the count, a last piece of one voxel."
+    draw, n = np.random.default_rng(0), min(table.n, 256)
+    truth = np.repeat(draw.integers(0, n, 2048), 64 + draw.integers(0, 3, 2048))
+    truth = np.resize(truth, 2 ** 17 + 1).astype(dtype)
+    prediction = np.where(draw.random(truth.shape) < .3, draw.integers(0, n, truth.shape), np.roll(truth, 5)).astype(dtype)
+    expected = {c.name: float(200 * ((truth == c.id) & (prediction == c.id)).sum() / ((truth == c.id).sum() + (prediction == c.id).sum())) if (truth == c.id).any() else np.nan for c in table.organs}
+    np.testing.assert_equal(dice(truth, prediction, table), expected)
 
 CASES = {
     "perfect":                        ([1, 1, 0, 0], [1, 1, 0, 0], 1, 100),

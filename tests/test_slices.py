@@ -3,8 +3,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 from ctdiffusion.data.phantom import phantom
-from ctdiffusion.data.slices import axial, body_mask, disk, edge_map, fill_slices, resize_images, resize_labels, unaxial, unwindow, window, with_body
+from ctdiffusion.data.slices import axial, body_mask, disk, edge_map, fill_slices, largest, opened, resize_images, resize_labels, runs_of, unaxial, unwindow, window, with_body
 
 ORACLE = Path(__file__).parent / "oracles" / "losses_metrics.npz"
 
@@ -79,3 +80,37 @@ def test_body_of_nothing():
 
 def test_disk_follows_the_spacing():
     assert disk(np.array([1., 1.]), 2).sum() == 13 and disk(np.array([3., 3.]), 2).sum() == 5 and disk(np.array([1., 2.]), 2).shape == (5, 3)
+
+
+def filled(mask): return np.stack([ndimage.binary_fill_holes(s) for s in mask.transpose(2, 0, 1)], 2)
+
+
+def biggest(mask):
+    parts, n = ndimage.label(mask)
+    return parts == np.bincount(parts.ravel())[1:].argmax() + 1 if n else mask
+
+
+@pytest.mark.parametrize("share", [0, .02, .2, .4, .6, .8, .98, 1])
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 1, 3), (1, 9, 4), (17, 1, 5), (13, 14, 6), (40, 33, 9)])
+def test_runs_opening_pieces_and_holes_are_scipys(share, shape):
+    draw = np.random.default_rng(0)
+    for mask in (draw.random(shape) < share, np.asfortranarray(draw.random(shape) < share)[::-1], ndimage.uniform_filter(draw.random(shape), 3) < share):
+        slices = axial(mask)
+        assert (runs_of(slices, slices.shape).paint() == slices).all()
+        assert (fill_slices(mask) == filled(mask)).all()
+        sizes = np.bincount(ndimage.label(mask)[0].ravel())[1:]
+        if (sizes == sizes.max(initial=0)).sum() <= 1: assert (largest(mask) == biggest(mask)).all()  # else both are right
+        assert largest(mask).sum() == sizes.max(initial=0)
+        for spacing, radius in (((1., 1.), 1), ((1., 1.), 2.5), ((.7, 1.4), 3), ((3., 3.), 2)):
+            foot = disk(np.array(spacing), radius)
+            for s in slices: assert (opened(s, foot) == ndimage.binary_opening(s, foot)).all()
+
+
+@pytest.mark.parametrize("seed, size, kind", [(0, 64, np.int16), (3, 96, np.int16), (5, 96, np.float32), (8, 130, np.int16)])
+def test_body_is_that_of_scipy(seed, size, kind):
+    p = phantom(seed=seed, size=size)
+    for spacing, threshold, radius in ((p.spacing, -300, 2.), (np.array([.8, 1.2, 3]), -250.5, 2.5), (p.spacing, -40_000, 2.), (p.spacing, 40_000, 2.)):
+        hu = p.hu.astype(kind)
+        old = filled(biggest(ndimage.binary_opening(hu > np.float64(threshold), disk(spacing[:2], radius)[..., None])))
+        for order in "CF": assert (body_mask(np.array(hu, order=order), spacing, None, threshold, radius) == old).all()
+        assert (body_mask(hu, spacing, p.labels, threshold, radius) == (old | (p.labels > 0))).all()

@@ -1,5 +1,5 @@
 """Bad NIfTI files (faults F1-F6, F9, F11-F13, F16): each is refused with its path, or read rightly with a note; never a wrong array."""
-import gzip, itertools, random, resource, struct, time
+import gzip, hashlib, itertools, random, resource, struct, time, zlib
 import nibabel as nib
 import numpy as np
 import pytest
@@ -63,6 +63,38 @@ def test_truncated_message_counts_bytes(tmp_path):
     refused(tmp_path / "a.nii", f"holds {len(whole) - 10} of {len(whole)} bytes")
     (tmp_path / "b.nii.gz").write_bytes(gzip.compress(whole)[:-4])
     refused(tmp_path / "b.nii.gz", "interrupted download")
+
+
+def test_truncated_gzip_counts_what_was_there(tmp_path):
+    raw = nifti_bytes(np.random.default_rng(0).integers(-1000, 400, (60, 50, 40)).astype(np.int16), AFFINE, gz=False)
+    whole = gzip.compress(raw, 6)
+    for share in (.02, .3, .7, .99):
+        part = whole[:int(len(whole) * share)]
+        (tmp_path / "a.nii.gz").write_bytes(part)
+        with pytest.raises(CTDiffusionError, match="interrupted download") as e: read_image(tmp_path / "a.nii.gz")
+        there, promised = (int(n.replace(",", "")) for n in e.value.found.split()[1:4:2])
+        assert promised == len(raw) and 0 <= len(zlib.decompressobj(31).decompress(part)) - there <= 258  # a decoder may wait with its last word
+
+
+def test_gzip_in_parts_with_padding_and_with_rubbish(tmp_path):
+    "What `cat`, bgzip or a tape leave behind is one file; the checksum is that of all its bytes, and nothing else may follow."
+    raw, path, kinds = nifti_bytes(HU, AFFINE, gz=False), tmp_path / "a.nii.gz", {}
+    cut = lambda *at: b"".join(gzip.compress(raw[a:b]) for a, b in zip((0, *at), (*at, len(raw))))
+    for name, content in dict(one=cut(), two=cut(100), many=cut(*range(7, 500, 7)), padded=cut() + bytes(700), between=gzip.compress(raw[:300]) + bytes(2**17) + gzip.compress(raw[300:]),
+                              stored=gzip.compress(raw, 0), named=cut()[:3] + b"\x08" + cut()[4:10] + b"name.nii\0" + cut()[10:], plain=raw).items():
+        path.write_bytes(content)
+        v = read_image(path)
+        assert (v.data == HU[::-1]).all() and v.source.sha256 == hashlib.sha256(content).hexdigest(), name
+    for rubbish in (b"x", b"xyz", b"\x1f", b"\x1f\x8b", bytes(9) + b"\x1f\x8c" + bytes(20), cut(100)[:-1]):
+        path.write_bytes(cut() + rubbish)
+        refused(path, *(["damaged compression"] if not b"\x1f\x8b".startswith(rubbish.lstrip(b"\0")[:2]) else ["interrupted"]))
+
+
+def test_a_part_with_another_length_is_refused(tmp_path):
+    whole = bytearray(nifti_bytes(HU, AFFINE))
+    whole[-4:] = (int.from_bytes(whole[-4:], "little") + 1).to_bytes(4, "little")
+    (tmp_path / "a.nii.gz").write_bytes(whole)
+    refused(tmp_path / "a.nii.gz", "damaged compression")
 
 
 def test_no_flipped_bit_in_gzip_is_silent(tmp_path):
@@ -135,6 +167,19 @@ def test_big_endian_and_nifti2(tmp_path):
         nib.save(image, tmp_path / "a.nii.gz")
         v = read_image(tmp_path / "a.nii.gz")
         assert (v.data == HU[::-1]).all() and np.allclose(v.source.affine, AFFINE, atol=1e-6)
+
+
+@pytest.mark.parametrize("gz", [False, True])
+@pytest.mark.parametrize("dtype", [np.int16, np.uint8, np.int8, np.float32])
+def test_voxels_may_begin_at_an_odd_byte(tmp_path, gz, dtype):
+    data = (HU % 100).astype(dtype)
+    raw = bytearray(nifti_bytes(data, AFFINE, gz=False))
+    struct.pack_into("<f", raw, OFFSET, 353)
+    raw.insert(352, 0)
+    (tmp_path / "a.nii").write_bytes(gzip.compress(bytes(raw)) if gz else raw)
+    v = read_image(tmp_path / "a.nii")
+    assert v.data.dtype == np.int16 and v.data.flags.aligned and (v.data == data[::-1]).all()
+    assert (read_labels(patched(tmp_path / "b.nii", data=(data % 16).astype(np.int16))).data == (data % 16)[::-1]).all()
 
 
 def test_padding_is_clipped_and_noted(tmp_path):

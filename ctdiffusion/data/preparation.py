@@ -52,17 +52,20 @@ def slices_of(
     table: ClassTable = AMOS,
 ) -> tuple[np.ndarray, np.ndarray]:  # pictures and label maps, uint8 (Z, size, size)
     "Window, axial slices, resize (§3): what the networks will see of a patient."
-    organs = np.zeros(image.data.shape, np.uint8) if label is None else label.data
-    body = body_mask(image.data, image.spacing, organs, config.body_threshold, config.body_radius)
-    ids = organs if table.body is None else with_body(organs, body, table.body)
-    x = resize_images(axial(window(image.data, config.level, config.width)), config.size)
-    return np.rint(255 * x).astype(np.uint8), resize_labels(axial(ids), config.size)
+    grey = (resize_images(window(s[None], config.level, config.width), config.size)[0] for s in axial(image.data))
+    x = np.stack([np.rint(255 * g).astype(np.uint8) for g in grey])
+    y = np.zeros_like(x) if label is None else resize_labels(axial(label.data), config.size)
+    if table.body is None: return x, y
+    body = body_mask(image.data, image.spacing, None, config.body_threshold, config.body_radius)
+    return x, with_body(y, resize_labels(axial(body), config.size), table.body)
 
 # %% ../../nbs/05_preparation.ipynb #6fdf3dbc
-def digest(*parts: bytes | object) -> str:
-    "sha256 of bytes, or of the JSON of anything else."
+def digest(*parts: bytes | np.ndarray | object) -> str:
+    "sha256 of bytes, of the bytes of arrays, or of the JSON of anything else."
     h = hashlib.sha256()
-    for p in parts: h.update(p if isinstance(p, bytes) else json.dumps(p, sort_keys=True).encode())
+    for p in parts:
+        if isinstance(p, np.ndarray): h.update(memoryview(np.ascontiguousarray(p)).cast("B"))
+        else: h.update(p if isinstance(p, bytes) else json.dumps(p, sort_keys=True).encode())
     return h.hexdigest()
 
 def entry(case: Case, image: Volume, label: Volume | None, x: np.ndarray, y: np.ndarray) -> dict:
@@ -71,8 +74,8 @@ def entry(case: Case, image: Volume, label: Volume | None, x: np.ndarray, y: np.
     stat = lambda v, s: dict(path=v.source.path, sha256=v.source.sha256, bytes=s.st_size, mtime_ns=s.st_mtime_ns)
     file = lambda v: stat(v, os.stat(v.source.path))
     return dict(id=case.id, split=case.split, slices=nz, shape=[nx, ny, nz], spacing=image.spacing.tolist(), pixel=[sy * ny / size, sx * nx / size],
-                affine=image.source.affine.tolist(), axcodes=image.source.axcodes, source_shape=list(image.source.shape), body=round(float((y > 0).mean()), 4),
-                image=file(image), label=file(label) if label else None, voxels=digest(image.data.tobytes()), sha256=digest(x.tobytes(), y.tobytes()))
+                affine=image.source.affine.tolist(), axcodes=image.source.axcodes, source_shape=list(image.source.shape), body=round(float(np.count_nonzero(y) / y.size), 4),
+                image=file(image), label=file(label) if label else None, voxels=digest(axial(image.data)), sha256=digest(x, y))
 
 # %% ../../nbs/05_preparation.ipynb #362cfd22
 def prepare_case(
@@ -87,7 +90,7 @@ def prepare_case(
     x, y = slices_of(image, label, config, table)
     np.save(inside(folder, f"{case.id}.x.npy"), x)
     np.save(inside(folder, f"{case.id}.y.npy"), y)
-    share = (y > 0).mean((1, 2))
+    share = np.array([np.count_nonzero(s) / s.size for s in y])
     odd = {"slices without a body": share < 0.01, "slices that are body up to the border": share > 0.98} if table.body else {}
     problems += [Problem(case.id, str(case.image), f"{bad.sum()} {name}", "", "Look at them; every slice is kept.", "note") for name, bad in odd.items() if bad.any()]
     return entry(case, image, label, x, y), problems

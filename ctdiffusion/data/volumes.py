@@ -8,11 +8,12 @@ __all__ = ['MAX_VOXELS', 'RULES', 'DEFLATE_RATIO', 'AIR', 'nifti_bytes', 'looks_
            'write_volume']
 
 # %% ../../nbs/02_volumes.ipynb #654315eb
-import gzip, hashlib, os, zlib
+import gzip, hashlib, os
 from dataclasses import dataclass
 from pathlib import Path
 import nibabel as nib
 import numpy as np
+from isal.igzip_lib import DECOMP_GZIP, IgzipDecompressor, IsalError
 from nibabel.orientations import aff2axcodes, apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write, check_labels
 
@@ -111,32 +112,42 @@ def check_header(block: bytes, path: str | Path, on_disk: int, max_voxels: int =
     if on_disk * DEFLATE_RATIO >= header.size: return header
     raise CTDiffusionError(path, f"{on_disk:,} bytes that claim to hold {header.size:,}", f"at least {header.size // DEFLATE_RATIO:,}", _INTERRUPTED)
 
-# %% ../../nbs/02_volumes.ipynb #cd307aa5
-def _pieces(stream, path: Path):
-    "The uncompressed file in pieces, with None at the end if it stops in the middle; at its end gzip compares the checksum."
+# %% ../../nbs/02_volumes.ipynb #c1a5b0e1
+def _inflated(read, path: Path):
+    "The contents of a gzip file in pieces of 4 MiB at most, with None at the end if it stops in the middle; at the end of each part its checksum is compared."
+    damaged = lambda what: CTDiffusionError(path, f"damaged compression ({what})", "an intact gzip file", "Download the file again.")
+    part, block = None, b""
     try:
-        while part := stream.read1(2**22): yield part
-    except EOFError: yield None
-    except (zlib.error, gzip.BadGzipFile) as e: raise CTDiffusionError(path, f"damaged compression ({e})", "an intact gzip file", "Download the file again.") from e
+        while block := block or read(2**17):
+            if part is None:
+                if not (block := block.lstrip(b"\0")): continue  # padding
+                if not b"\x1f\x8b".startswith(block[:2]): raise damaged(f"{block[:2]!r} behind its end")
+                part = IgzipDecompressor(flag=DECOMP_GZIP)
+            yield part.decompress(block, 2**22)
+            while not (part.eof or part.needs_input): yield part.decompress(b"", 2**22)
+            block, part = (part.unused_data, None) if part.eof else (b"", part)
+    except IsalError as e: raise damaged(e) from e
+    if part: yield None
 
-def _load(path: Path, max_voxels: int, assume: str | None) -> tuple[Header, bytearray]:
-    "A checked header and the bytes it promises, no fewer and not many more."
-    data, header, cut = bytearray(), None, False
+def _load(path: Path, max_voxels: int, assume: str | None) -> tuple[Header, bytearray, str]:
+    "A checked header, the bytes it promises, no fewer and not many more, and the sha256 of the file."
+    data, header, cut, sha = bytearray(), None, False, hashlib.sha256()
     check = lambda: check_header(data, path, os.path.getsize(path), max_voxels, assume)
     with open(path, "rb") as file:
-        for part in _pieces(gzip.GzipFile(fileobj=file) if file.peek(2)[:2] == b"\x1f\x8b" else file, path):
+        def read(n: int = 2**22) -> bytes: sha.update(block := file.read(n)); return block
+        for part in _inflated(read, path) if file.peek(2)[:2] == b"\x1f\x8b" else iter(read, b""):
             cut = part is None
             data += part or b""
             if header is None and len(data) >= 540: header = check()
             if header and len(data) > header.size + 2**24: raise CTDiffusionError(path, f"more than {len(data):,} bytes", f"{header.size:,} by its header", _AGAIN)
     header = header or check()
-    if not cut and len(data) >= header.size: return header, data
+    if not cut and len(data) >= header.size: return header, data, sha.hexdigest()
     raise CTDiffusionError(path, f"holds {min(len(data), header.size):,} of {header.size:,} bytes", "a whole file", _INTERRUPTED)
 
 def _values(header: Header, data: bytearray, path: Path) -> np.ndarray:
-    "slope x stored + intercept, as int16 where that is exact and float32 otherwise."
+    "slope x stored + intercept: small integers as stored, else int16 where that is exact and float32 otherwise."
     raw = np.frombuffer(data, header.dtype, int(np.prod(header.shape)), header.offset).reshape(header.shape, order="F")
-    if header.dtype == np.int16 and header.scaling == (1, 0): return raw.astype(np.int16)
+    if header.dtype in (np.int16, np.int8, np.uint8) and header.scaling == (1, 0): return np.require(raw, requirements="A")
     x = raw.astype(np.float64 if header.dtype.itemsize > 2 else np.float32) * header.scaling[0] + header.scaling[1]
     if not (finite := np.isfinite(x)).all():
         raise CTDiffusionError(path, f"{(~finite).sum():,} voxels that are NaN or infinite", "finite numbers", "Export the volume again; resampling beyond its border makes such voxels.")
@@ -168,7 +179,9 @@ class Volume:
 def to_ras(data: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     "Axes permuted and flipped, never resampled, to the RAS order closest to the affine; both are returned."
     ornt = io_orientation(affine)
-    return np.ascontiguousarray(apply_orientation(data, ornt)), affine @ inv_ornt_aff(ornt, data.shape)
+    ras = apply_orientation(data, ornt)
+    axially = (np.diff(np.abs(ras.strides)) >= 0).all()  # x next to x in memory: each axial slice in one piece
+    return ras if axially else np.asfortranarray(ras), affine @ inv_ornt_aff(ornt, data.shape)
 
 def from_ras(data: np.ndarray, source: Source) -> np.ndarray:
     "The inverse of `to_ras`: the axis order of the source file."
@@ -192,10 +205,10 @@ def sha256_file(path: str | Path) -> str:
 def _volume(path: str | Path, max_voxels: int, assume: str | None) -> Volume:
     "Values in RAS order, whatever they mean."
     if not Path(path).is_file(): raise CTDiffusionError(path, "no such file", "a NIfTI volume", "Check the path.")
-    header, data = _load(Path(path), max_voxels, assume)
+    header, data, sha = _load(Path(path), max_voxels, assume)
     ras, affine = to_ras(_values(header, data, Path(path)), header.affine)
     notes = (f"slices tilted or sheared by {tilt(affine):.0f} degrees, kept as scanned",) * (tilt(affine) > 1)
-    return Volume(ras, affine, Source(str(path), header.shape, header.affine, sha256_file(path)), notes)
+    return Volume(ras, affine, Source(str(path), header.shape, header.affine, sha), notes)
 
 def read_image(
     path: str | Path,              # .nii or .nii.gz
@@ -203,9 +216,11 @@ def read_image(
 ) -> Volume:                       # HU, int16 where exact
     "A CT volume in HU and RAS order."
     v = _volume(path, max_voxels, assume)
-    low = v.data < AIR
-    padding = f"{low.mean():.1%} of the voxels below {AIR} HU (lowest {v.data.min():g}) set to {AIR}"
-    return Volume(np.maximum(v.data, v.data.dtype.type(AIR)), v.affine, v.source, v.notes + (padding,) * bool(low.mean() > 1e-3))
+    hu = v.data if v.data.dtype.kind == "f" else v.data.astype(np.int16, copy=False)
+    if (lowest := hu.min()) >= AIR: return Volume(hu, v.affine, v.source, v.notes)
+    share = (hu < AIR).mean()
+    padding = f"{share:.1%} of the voxels below {AIR} HU (lowest {lowest:g}) set to {AIR}"
+    return Volume(np.maximum(hu, hu.dtype.type(AIR), out=hu), v.affine, v.source, v.notes + (padding,) * bool(share > 1e-3))
 
 # %% ../../nbs/02_volumes.ipynb #20dd6cc4
 def read_labels(
@@ -216,8 +231,8 @@ def read_labels(
 ) -> Volume:                       # uint8 ids
     "A label volume in RAS order: whole numbers that the class table knows."
     v = _volume(path, max_voxels, assume)
-    ids = np.rint(v.data)
-    off = np.abs(v.data - ids)
+    ids = np.rint(v.data) if v.data.dtype.kind == "f" else v.data
+    off = np.zeros(1) if ids is v.data else np.abs(v.data - ids)
     if off.max() > 1e-3:
         odd = ", ".join(f"{x:g} ({n} voxels)" for x, n in list(zip(*np.unique(v.data[off > 1e-3], return_counts=True)))[:5])
         raise CTDiffusionError(path, f"labels {odd}", "whole numbers", "Export the labels again without interpolation (nearest neighbour).")
@@ -225,7 +240,7 @@ def read_labels(
     if not allow_body and table.body is not None and (ids == table.body).any():
         raise CTDiffusionError(path, f"label {table.body} ({(ids == table.body).sum()} voxels)", "organs only: this id is kept for the body, which we draw", "Remove it, or pass a class table that names it.")
     notes = ("labels rounded to whole numbers",) * bool(off.max()) + ("no organ labelled",) * (not ids.any())
-    return Volume(ids.astype(np.uint8), v.affine, v.source, v.notes + notes)
+    return Volume(ids.astype(np.uint8, copy=False), v.affine, v.source, v.notes + notes)
 
 # %% ../../nbs/02_volumes.ipynb #5c2fc81d
 def write_volume(
