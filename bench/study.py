@@ -4,7 +4,7 @@
     python bench/study.py --root runs/reproduce --out nbs/results/fast-phantom.json
 
 ROOT holds `store` and `shared/judge`. Slices are kept in ROOT/fast, so a second call goes on where the first one was; several
-calls may run side by side (each walk is made by one of them). Two patients, three designs: about 2.5 hours on one core.
+calls may run side by side (each walk is made by one of them). Two patients, three designs: about two hours and a half on one core, two of them for the yardstick.
 """
 import argparse, json
 from pathlib import Path
@@ -23,15 +23,15 @@ from ctdiffusion.synthesis.synthesis import load
 from ctdiffusion.training.folder import environment
 
 DESIGNS = ("conditional-demo", "mask-demo", "edge-demo")
-FEW, MANY, STRIDES = (5, 10, 15, 20, 30, 50), (100, 250), (5, 10, 15, 20, 30, 50, 100)
+COUNTS, STRIDES, END = (5, 10, 12, 15, 20, 30, 50, 100), (3, 5, 10, 20, 50), 100
 
 
 def program() -> list[tuple[str, int]]:
-    "Samplers and seeds, the cheap ones first, the yardstick last."
-    seeds = [(f"dpm{n}", s) for n in (10, 15, 20) for s in (0, 1, 2)]
-    few = [(form.format(n), 0) for n in FEW for form in ("{}", "ddim{}", "dpm{}", "sde{}", "{}-logsnr", "ddim{}-logsnr", "dpm{}-time")]
-    many = [(form.format(n), 0) for n in MANY for form in ("{}", "ddim{}", "dpm{}")]
-    return list(dict.fromkeys([*seeds, *few, *many, *[(WHOLE, s) for s in (0, 1, 2)]]))
+    "Samplers and seeds, the yardstick last."
+    seeds = [(f"sde{n}", s) for n in (10, 12, 15, 20) for s in range(6)] + [(f"dpm{n}", s) for n in (10, 15, 20) for s in range(3)] + [("sde30", s) for s in range(3)]
+    main = [(form.format(n), 0) for n in COUNTS for form in ("{}", "ddim{}", "dpm{}", "sde{}")]
+    grids = [(form.format(n), 0) for n in (5, 10, 15, 20, 50) for form in ("{}-logsnr", "dpm{}-time")]
+    return list(dict.fromkeys([*seeds, *main, *grids, *[(WHOLE, s) for s in range(3)]]))
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     parser.add_argument("--root", required=True, type=Path, help="folder with store and shared/judge")
     parser.add_argument("--patients", type=int, default=2)
     parser.add_argument("--strides", type=int, nargs="*", help="of the walks; default: the whole program")
-    parser.add_argument("--masks", type=int, default=24, help="slices whose masks are weakened")
+    parser.add_argument("--masks", type=int, default=16, help="slices whose masks are weakened")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, help="JSON file; without it the slices are only made")
     a = parser.parse_args()
@@ -56,7 +56,7 @@ def main() -> None:
     if not a.out: return
     masks = np.concatenate([p.masks for p in cases])
     masks = masks[np.linspace(0, len(masks) - 1, a.masks).round().astype(int)]
-    strength = [dict(model=m.name, mask=kind, evaluations=n, loss=x) for m in models for kind in MASKS for n, x in zip(STRIDES, losses(m, weaken(masks, kind, store.table), STRIDES))]
+    strength = [dict(model=m.name, mask=kind, evaluations=n, loss=x) for m in models for kind in MASKS for n, x in zip(STRIDES, losses(m, weaken(masks, kind, store.table), STRIDES, reference=END))]
     about = dict(judge=judge.protocol, features=features.protocol, store=store.hash, patients=[p.id for p in cases], machine=machine(), threads=a.threads, environment=environment())
     atomic_write(a.out, json.dumps(about | dict(rows=rows, strength=strength), indent=1) + "\n")
 

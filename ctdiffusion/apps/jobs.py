@@ -29,7 +29,7 @@ from ..training.folder import FREE, flat
 from ..training.parameters import Job, TrainJob, scaled
 
 # %% ../../nbs/60_jobs.ipynb #12ea64c5
-BUDGETS = dict(quick=dict(max_steps=600, batch=8, sampler="sde15"), full=dict(max_steps=6000, batch=8, sampler="60,12,8"))  # of the demo, from scratch
+BUDGETS = dict(quick=dict(max_steps=600, batch=8, sampler="sde12"), full=dict(max_steps=6000, batch=8, sampler="60,12,8"))  # of the demo, from scratch
 RATES = dict(spade=5e-4, pix2pix=5e-4, oasis=4e-4)  # learning rates of the demo, where they are not the preset's
 PATIENTS = dict(quick=16, full=300)  # phantoms to train on
 JUDGING = dict(quick=1000, full=0)  # steps of the embedded judge of the demo, 0: its default

@@ -107,7 +107,7 @@ class TrainConfig(Config):
     log_every: int = 10  # steps
     grid_every: int = 10_000  # steps between pictures of samples
     milestones: tuple[int, ...] = (10_000, 50_000, 100_000, 150_000)  # weights kept, Fig. 3 and Table 1
-    sampler: str = "sde15"  # for pictures and synthesis; "ancestral" is what the paper's reference does (A11)
+    sampler: str = "sde12"  # for pictures and synthesis; "ancestral" is what the paper's reference does (A11)
     label_drop: float = 0.0  # SDM: share of slices that are trained on without their mask (A31)
     guidance: float = 1.0  # SDM: how much more the mask counts in synthesis
 
