@@ -34,6 +34,13 @@ def program() -> list[tuple[str, int]]:
     return list(dict.fromkeys([*seeds, *main, *grids, *[(WHOLE, s) for s in range(3)]]))
 
 
+def short(value):
+    "Five digits of every number: more are noise, and a committed file should be small."
+    if isinstance(value, dict): return {k: short(v) for k, v in value.items()}
+    if isinstance(value, list): return [short(v) for v in value]
+    return float(f"{value:.5g}") if isinstance(value, float) else value
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", required=True, type=Path, help="folder with store and shared/judge")
@@ -58,7 +65,8 @@ def main() -> None:
     masks = masks[np.linspace(0, len(masks) - 1, a.masks).round().astype(int)]
     strength = [dict(model=m.name, mask=kind, evaluations=n, loss=x) for m in models for kind in MASKS for n, x in zip(STRIDES, losses(m, weaken(masks, kind, store.table), STRIDES, reference=END))]
     about = dict(judge=judge.protocol, features=features.protocol, store=store.hash, patients=[p.id for p in cases], machine=machine(), threads=a.threads, environment=environment())
-    atomic_write(a.out, json.dumps(about | dict(rows=rows, strength=strength), indent=1) + "\n")
+    lines = ",\n".join(f"{json.dumps(k)}: [\n{chr(10).join(json.dumps(r) + ',' for r in short(v))[:-1]}\n]" for k, v in dict(rows=rows, strength=strength).items())
+    atomic_write(a.out, json.dumps(about, indent=1)[:-2] + f",\n{lines}\n}}\n")
 
 
 if __name__ == "__main__": main()

@@ -21,7 +21,8 @@ from .schedule import Schedule, gather, on_device
 Model = Callable[[Tensor, Tensor], Tensor]
 # noise(T) is x_T, noise(k) the z of step k; like xt, standard normal
 Noise = Callable[[int], Tensor]
-# sees every step: k, t (the step of training), xt (before the step), x0 (guessed there)
+# sees every step: its index k and step of training t,
+# xt (where the walk stood before it) and x0 (guessed there)
 Callback = Callable[[dict], None]
 
 def eps_model(

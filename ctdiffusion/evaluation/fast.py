@@ -6,14 +6,11 @@
 __all__ = ['WHOLE', 'MASKS', 'evaluations', 'walk', 'averages', 'verdict', 'kind', 'plot_study', 'weaken', 'losses',
            'plot_strength']
 
-# %% ../../nbs/59_fast.ipynb #74186b4d
-import json
-from collections.abc import Callable, Mapping, Sequence
+# %% ../../nbs/59_fast.ipynb #c713e1a7
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
@@ -21,7 +18,6 @@ from ..data.labels import AMOS, ClassTable
 from ..diffusion.solvers import parse_sampler
 from .distance import Features
 from .measure import Patient, measure, synthesize_patient
-from .quality import to_bytes
 from .segmenter import Segmenter
 from ..synthesis.synthesis import Model, synthesize_slices
 
@@ -48,22 +44,29 @@ def walk(
     hu = np.abs(list(m["hu"].values()))
     return dict(model=model.name, sampler=sampler, seed=seed, evaluations=evaluations(model, sampler), slices=m["n"]["slices"], hu_error=float(hu.mean()), hu=m["hu"]) | m["metrics"]
 
-# %% ../../nbs/59_fast.ipynb #40476228
+# %% ../../nbs/59_fast.ipynb #8a54d210
 WHOLE = "ancestral"
+
+def _together(same: Sequence[Mapping]) -> dict:
+    "Rows of one walk with different seeds: means, the standard errors of Dice, and the distances one by one."
+    dice = {o: np.array([r["dice"][o] for r in same]) for o, d in same[0]["dice"].items() if d is not None} | {"mean": np.array([r["dice_mean"] for r in same])}
+    error = {o: float(v.std(ddof=1) / len(v) ** 0.5) if len(v) > 1 else np.nan for o, v in dice.items()}
+    number = {k: float(np.mean([r[k] for r in same])) for k, v in same[0].items() if isinstance(v, (int, float)) and k != "seed"}
+    return number | dict(seeds=len(same), dice={o: float(v.mean()) for o, v in dice.items()}, error=error, distances=[r["distance"] for r in same])
 
 def averages(
     rows: Sequence[Mapping],  # of `walk`
 ) -> dict[tuple[str, str], dict]:  # (model, sampler) -> means over the seeds, and how many they are
     "Rows of the same walk with different seeds, as one."
-    out, groups = {}, {}
+    groups = {}
     for r in rows: groups.setdefault((r["model"], r["sampler"]), []).append(r)
-    for key, same in groups.items():
-        number = {k: float(np.mean([r[k] for r in same])) for k, v in same[0].items() if isinstance(v, (int, float)) and k != "seed"}
-        organs = [o for o, d in same[0]["dice"].items() if d is not None]
-        dice = {o: np.array([r["dice"][o] for r in same]) for o in organs} | {"mean": np.array([r["dice_mean"] for r in same])}
-        out[key] = number | dict(seeds=len(same), dice={o: float(v.mean()) for o, v in dice.items()}, error={o: float(v.std(ddof=1) / len(v) ** 0.5) if len(v) > 1 else np.nan for o, v in dice.items()},
-                                 distances=[r["distance"] for r in same])
-    return out
+    return {key: _together(same) for key, same in groups.items()}
+
+# %% ../../nbs/59_fast.ipynb #f8e28fc4
+def _lost(short: Mapping, whole: Mapping) -> tuple[dict, dict]:
+    "Dice that a short walk lost, by organ and in the mean, and the standard errors of these differences."
+    lost = {o: whole["dice"][o] - short["dice"][o] for o in whole["dice"]}
+    return lost, {o: float(np.hypot(whole["error"][o], short["error"][o])) for o in lost}
 
 def verdict(
     rows: Sequence[Mapping],
@@ -73,40 +76,41 @@ def verdict(
     "Is a short walk as good as a thousand steps? Distance +5 % or within the spread, mean Dice 0.3, every organ 1 point."
     all = averages(rows)
     short, whole = all[model, sampler], all[model, WHOLE]
-    lost = {o: whole["dice"][o] - short["dice"][o] for o in whole["dice"]}
-    error = {o: float(np.hypot(whole["error"][o], short["error"][o])) for o in lost}
+    lost, error = _lost(short, whole)
     mean, worst = lost.pop("mean"), max((o for o in lost if o != "mean"), key=lost.get)
     near = short["distance"] <= max(1.05 * whole["distance"], max(whole["distances"]))
     return dict(model=model, sampler=sampler, seeds=short["seeds"], distance=short["distance"], of=whole["distance"], near=bool(near), dice_mean=-mean, dice_mean_error=error["mean"], mean=bool(mean <= 0.3),
                 worst_organ=worst, worst=-lost[worst], worst_error=error[worst], organs=bool(lost[worst] <= 1), certain=[o for o in lost if lost[o] - 2 * error[o] > 1])
 
-# %% ../../nbs/59_fast.ipynb #1f307f1f
+# %% ../../nbs/59_fast.ipynb #27c1ee17
 def kind(sampler: str) -> str:
     "A sampler's name without its number of steps."
     return "".join(c for c in sampler if not c.isdigit()).strip("-") or WHOLE
 
+def _panel(ax: plt.Axes, rows: Sequence[Mapping], key: str, kinds: Sequence[str]) -> None:
+    "One number of one model against evaluations; grey: the yardstick and its spread."
+    whole = [r[key] for r in rows if r["sampler"] == WHOLE]
+    ax.axhspan(min(whole), max(whole), color="0.8"); ax.axhline(np.mean(whole), color="0.4", lw=0.8)
+    for k in kinds:
+        points = sorted((r["evaluations"], r[key]) for (_, s), r in averages(rows).items() if kind(s) == k and s != WHOLE)
+        if points: ax.plot(*zip(*points), ".-", ms=4, lw=1, label={"ancestral": "ancestral, learned variance"}.get(k, k))
+
 def plot_study(
     rows: Sequence[Mapping],
     columns: Mapping[str, str],  # key of a row -> name of the axis
-    kinds: Sequence[str] = (),   # only these; empty: all
+    kinds: Sequence[str],        # of samplers, in the order of their colours
 ) -> Figure:
-    "Numbers against evaluations, a row of panels for each model; grey: the yardstick and its spread."
-    table, models = averages(rows), list(dict.fromkeys(r["model"] for r in rows))
-    names = [k for k in dict.fromkeys(kind(r["sampler"]) for r in rows) if not kinds or k in kinds]
-    fig, axes = plt.subplots(len(models), len(columns), figsize=(3.2 * len(columns), 2.1 * len(models)), layout="constrained", squeeze=False, sharex=True)
-    for line, model in zip(axes, models):
-        for ax, (key, label) in zip(line, columns.items()):
-            whole = [r[key] for r in rows if r["model"] == model and r["sampler"] == WHOLE]
-            ax.axhspan(min(whole), max(whole), color="0.8"); ax.axhline(np.mean(whole), color="0.4", lw=0.8)
-            for i, k in enumerate(names):
-                points = sorted((r["evaluations"], r[key]) for (m, s), r in table.items() if m == model and kind(s) == k and s != WHOLE)
-                if points: ax.plot(*zip(*points), ".-", ms=4, lw=1, color=f"C{i}", label={"ancestral": "ancestral, learned variance"}.get(k, k))
-            ax.set(xscale="log", ylabel=label, title=model); ax.minorticks_off(); ax.set_xticks([5, 10, 20, 50, 100, 250], [5, 10, 20, 50, 100, 250])
+    "Numbers against evaluations, a row of panels for each model."
+    models = list(dict.fromkeys(r["model"] for r in rows))
+    fig, axes = plt.subplots(len(models), len(columns), figsize=(3.2 * len(columns), 2.0 * len(models)), layout="constrained", squeeze=False, sharex=True)
+    for (model, (key, label)), ax in zip(((m, c) for m in models for c in columns.items()), axes.flat):
+        _panel(ax, [r for r in rows if r["model"] == model], key, kinds)
+        ax.set(xscale="log", ylabel=label, title=model); ax.minorticks_off(); ax.set_xticks([5, 10, 20, 50, 100], [5, 10, 20, 50, 100])
     for ax in axes[-1]: ax.set_xlabel("network evaluations")
     axes[0, 0].legend(fontsize=6)
     return fig
 
-# %% ../../nbs/59_fast.ipynb #baca849e
+# %% ../../nbs/59_fast.ipynb #2f9f0b10
 MASKS = ("organs", "body", "nothing")
 
 def weaken(
@@ -124,14 +128,14 @@ def losses(
     masks: np.ndarray,           # (N,S,S)
     counts: Sequence[int],       # numbers of strides
     solver: str = "dpm",
-    reference: int = 250,        # strides of what is called the end
+    reference: int = 100,        # strides of what is called the end
 ) -> list[float]:                # HU, root mean square over pixels and slices
     "What few strides lose against many from the same noise."
     draw = lambda n: synthesize_slices(model, masks, 0, "strides", sampler=f"{solver}{n}") * model.width
     end = draw(reference)
     return [float(np.sqrt(np.mean((draw(n) - end) ** 2))) for n in counts]
 
-# %% ../../nbs/59_fast.ipynb #b0ea38c6
+# %% ../../nbs/59_fast.ipynb #14275e54
 def plot_strength(rows: Sequence[Mapping]) -> Figure:  # model, mask, evaluations, loss
     "What few strides lose, a panel for each model and a line for each kind of mask."
     models = list(dict.fromkeys(r["model"] for r in rows))
@@ -140,6 +144,6 @@ def plot_strength(rows: Sequence[Mapping]) -> Figure:  # model, mask, evaluation
         for mask in MASKS:
             points = [(r["evaluations"], r["loss"]) for r in rows if r["model"] == model and r["mask"] == mask]
             ax.loglog(*zip(*points), ".-" if mask != "nothing" else ".:", label=mask)
-        ax.set(title=model, xlabel="network evaluations"); ax.minorticks_off(); ax.set_xticks([5, 10, 20, 50, 100], [5, 10, 20, 50, 100])
-    axes[0, 0].set_ylabel("HU lost against 250 strides"); axes[0, 0].legend(title="the mask shows")
+        ax.set(title=model, xlabel="network evaluations"); ax.minorticks_off(); ax.set_xticks([3, 5, 10, 20, 50], [3, 5, 10, 20, 50])
+    axes[0, 0].set_ylabel("HU lost against many strides"); axes[0, 0].legend(title="the mask shows")
     return fig
