@@ -54,8 +54,9 @@ class Adversarial(nn.Module):
         raise NotImplementedError
 
     def optimizers(self, lr: float) -> dict[str, torch.optim.Optimizer]:
-        "One Adam per player."
-        return {who: torch.optim.Adam(getattr(self, who).parameters(), lr * self.pace[who], self.betas) for who in ("net", "judge")}
+        "One Adam per player; on a card in one kernel for all weights."
+        fused = next(self.parameters()).is_cuda or None
+        return {who: torch.optim.Adam(getattr(self, who).parameters(), lr * self.pace[who], self.betas, fused=fused) for who in ("net", "judge")}
 
     def lr_factor(self, epoch: int, epochs: int) -> float:
         "What the learning rate is multiplied by in this epoch (counted from 0) of so many."
