@@ -181,7 +181,7 @@ def price(task: Task, job: ReproduceJob, count: dict) -> dict:
     "Hours of one worker, GB on disk, GB in memory (of the GPU, where there is one)."
     if task.kind == "prepare":
         total, pixels = sum(count.values()), task.parameters["size"] ** 2
-        return dict(hours=(START + 0.018 * total) / 3600, disk=2 * total * pixels / 1e9, memory=np.nan)  # AMOS22 takes ten minutes of a core
+        return dict(hours=(START + 0.004 * total) / 3600, disk=2 * total * pixels / 1e9, memory=np.nan)  # 0.46 s for 130 slices of 512 x 512, measured (bench/data.py)
     variant = task.name.split("-")[1]
     p = TrainJob(**(task.parameters if task.kind == "train" else dict(variant=variant, preset=job.preset, sampler=task.parameters["sampler"]))).config()
     c, (step, once) = _cost(p.model), seconds(variant, job.preset, job.gpu)
