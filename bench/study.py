@@ -1,7 +1,7 @@
 """Quality against network evaluations: the study of nbs/59_fast.ipynb, for the embedded networks of the three designs.
 
     papermill nbs/reproduce.ipynb runs/reproduce.ipynb -p budget full     # or any run that left a store and a judge
-    python bench/study.py --root runs/reproduce --out nbs/results/fast-phantom.json
+    python bench/study.py --root runs/reproduce-demo-full --out nbs/results/fast-phantom.json
 
 ROOT holds `store` and `shared/judge`. Slices are kept in ROOT/fast, so a second call goes on where the first one was; several
 calls may run side by side (each walk is made by one of them). Two patients, three designs: about two hours and a half on one core, two of them for the yardstick.
@@ -16,7 +16,7 @@ from filelock import FileLock
 from ctdiffusion.data.labels import atomic_write
 from ctdiffusion.data.store import open_store
 from ctdiffusion.evaluation.distance import RandomConvolutions
-from ctdiffusion.evaluation.fast import MASKS, WHOLE, losses, walk, weaken
+from ctdiffusion.evaluation.fast import MASKS, WHOLE, evaluations, losses, walk, weaken
 from ctdiffusion.evaluation.measure import machine, patients
 from ctdiffusion.evaluation.segmenter import load_segmenter
 from ctdiffusion.synthesis.synthesis import load
@@ -55,10 +55,9 @@ def main() -> None:
     judge, cases, models, rows = load_segmenter(a.root / "shared/judge"), patients(store, a.patients), [load(d) for d in DESIGNS], []
     for sampler, seed in program():
         for model in models:
+            if a.strides and evaluations(model, sampler) not in a.strides: continue
             (folder / model.name).mkdir(parents=True, exist_ok=True)
-            with FileLock(folder / model.name / f"{sampler}-{seed}.lock"): row = walk(model, sampler, seed, cases, folder, judge, features)
-            if a.strides and row["evaluations"] not in a.strides: continue
-            rows.append(row)
+            with FileLock(folder / model.name / f"{sampler}-{seed}.lock"): rows.append(row := walk(model, sampler, seed, cases, folder, judge, features))
             print(f"{model.name:18s} {sampler:14s} seed {seed}: distance {row['distance']:.3f}, Dice {row['dice_mean']:.1f}, HU {row['hu_error']:.1f}", flush=True)
     if not a.out: return
     masks = np.concatenate([p.masks for p in cases])

@@ -308,12 +308,17 @@ def test_rounding_weights_once_changes_no_answer(variant):
     assert torch.equal(before, after)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_swift_networks_make_slices(mode, monkeypatch):
-    "From a mask to its slice, with what the mask decides remembered where that is done: within bfloat16 of the plain network's."
+@pytest.fixture
+def without_card(monkeypatch):
+    "A processor's autocast, a recording by an actor, and a compiler that compiles nothing."
     monkeypatch.setattr(gpu, "bfloat16", lambda device: torch.autocast("cpu", torch.bfloat16))
     monkeypatch.setattr(gpu, "Recorded", lambda net: Recorded(net, actor))
     monkeypatch.setattr(gpu, "Compiled", lambda net: Compiled(net, "eager"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_swift_networks_make_slices(mode, without_card):
+    "From a mask to its slice, with what the mask decides remembered where that is done: within bfloat16 of the plain network's."
     for variant in ("mask", "edge"):
         net, mask = network(variant)
         noise, config = lambda k: torch.randn(3, 1, 16, 16, generator=torch.Generator().manual_seed(k)), replace(MODEL, variant=variant)
@@ -326,11 +331,8 @@ def test_swift_networks_make_slices(mode, monkeypatch):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_swift_networks_on_the_way_to_a_slice(mode, monkeypatch):
+def test_swift_networks_on_the_way_to_a_slice(mode, without_card):
     "All three modes, with a processor's autocast and a recording without a card: within bfloat16 of the plain network."
-    monkeypatch.setattr(gpu, "bfloat16", lambda device: torch.autocast("cpu", torch.bfloat16))
-    monkeypatch.setattr(gpu, "Recorded", lambda net: Recorded(net, actor))
-    monkeypatch.setattr(gpu, "Compiled", lambda net: Compiled(net, "eager"))
     net, mask = network("mask")
     x, t = torch.randn(3, 1, 16, 16), torch.tensor([1, 500, 900])
     plain = net(x, t, net.encode(mask))

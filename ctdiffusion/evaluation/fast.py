@@ -77,7 +77,7 @@ def verdict(
     all = averages(rows)
     short, whole = all[model, sampler], all[model, WHOLE]
     lost, error = _lost(short, whole)
-    mean, worst = lost.pop("mean"), max((o for o in lost if o != "mean"), key=lost.get)
+    mean, worst = lost.pop("mean"), max(lost, key=lost.get)
     near = short["distance"] <= max(1.05 * whole["distance"], max(whole["distances"]))
     return dict(model=model, sampler=sampler, seeds=short["seeds"], distance=short["distance"], of=whole["distance"], near=bool(near), dice_mean=-mean, dice_mean_error=error["mean"], mean=bool(mean <= 0.3),
                 worst_organ=worst, worst=-lost[worst], worst_error=error[worst], organs=bool(lost[worst] <= 1), certain=[o for o in lost if lost[o] - 2 * error[o] > 1])
