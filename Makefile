@@ -1,5 +1,7 @@
 # make demo   train on drawn patients, then synthesise a held-out volume (minutes, no GPU, no data)
 # make test   run every page, then pytest
+# make faults     the fault table: every row F1 to F42, its tests, their outcome
+# make unguarded  take every guard of the table away once and see its test fail (minutes)
 # make bench  time the project beside its peers, quiet calls only (see bench/README.md; best on an idle machine)
 # Both set up .venv on the first call and reuse it afterwards.
 PYTHON ?= python3
@@ -7,9 +9,9 @@ BIN    := .venv/bin
 READY  := .venv/.ready
 JUDGE  := .venv-judge/bin
 PAGES  := ^([0-9]|index)
-BENCH  := $(filter-out harness steps study gpu,$(basename $(notdir $(wildcard bench/*.py))))
+BENCH  := $(filter-out harness forks steps study gpu soak,$(basename $(notdir $(wildcard bench/*.py))))
 
-.PHONY: demo test bench judge export clean readme constraints
+.PHONY: demo test faults unguarded bench judge export clean readme constraints
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -21,6 +23,12 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --file_re '$(PAGES)' --n_workers 2 --do_print
 	$(BIN)/python -m pytest
+
+faults: $(READY)   # the table is printed, and kept for page 62
+	$(BIN)/python -m pytest tests/faults --faults nbs/results/faults.json
+
+unguarded: $(READY)
+	$(BIN)/python tests/faults/unguarded.py --out nbs/results/faults.json
 
 bench: $(READY)    # one after the other: nbs/results/bench-*.json
 	for b in $(BENCH); do $(BIN)/python bench/$$b.py --out nbs/results/bench-$$b.json || exit 1; done
