@@ -51,9 +51,9 @@ CONFIG = PrepareConfig()
 
 # ------------------------------------------------------------------------------------------ one case
 
-def make_case(folder: Path, size: int, slices: int) -> Case:
+def make_case(folder: Path, size: int, slices: int, seed: int = 0) -> Case:
     "A drawn patient, enlarged, with the noise of a scanner, stored as most scanners do: LPS, int16, gzip level 6."
-    p, draw = phantom(seed=0, size=128), np.random.default_rng(0)
+    p, draw = phantom(seed=seed, size=128), np.random.default_rng(seed)
     factor = size / p.hu.shape[0], size / p.hu.shape[1], slices / p.hu.shape[2]
     larger = lambda v, order: zoom(v, factor, order=order, mode="nearest", grid_mode=True)[::-1, ::-1]
     hu, affine = larger(p.hu.astype(np.float32), 1), np.diag([-360 / size, -360 / size, 3., 1])
