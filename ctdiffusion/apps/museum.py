@@ -7,7 +7,7 @@ __all__ = ['EXHIBITS', 'healthy', 'naive', 'careful', 'Exhibit', 'exhibit', 'Fin
            'kidneys_swapped', 'lost_orientation', 'lost_intercept', 'another_window', 'mri_among_ct', 'almost_whole',
            'interpolated', 'another_grid', 'half_a_file', 'bomb', 'flipped_bit', 'tour', 'fault_table']
 
-# %% ../../nbs/62_museum.ipynb #9e099920
+# %% ../../nbs/62_museum.ipynb #f5d1731a
 import gzip, json, shutil, struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from ..data.volumes import check_header, nifti_bytes, read_image, read_labels
 from ..evaluation.report import DASH, markdown_text
 from ..synthesis.synthesis import exported, weights_folder
 
-# %% ../../nbs/62_museum.ipynb #005c3f84
+# %% ../../nbs/62_museum.ipynb #27ee58a2
 def healthy(
     folder: str | Path,  # to write
     seed: int = 5,       # the patient
@@ -41,7 +41,7 @@ def healthy(
 
 def _only(folder: Path, part: str) -> Path: return next((folder/part).glob("*.nii.gz"))
 
-# %% ../../nbs/62_museum.ipynb #98da77bb
+# %% ../../nbs/62_museum.ipynb #7443c637
 def naive(folder: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Tensor]]:
     "Image, labels and weights, without a question."
     image, label = (nib.load(_only(folder, part)).get_fdata() for part in ("images", "labels"))
@@ -55,7 +55,7 @@ def careful(folder: Path) -> list[Problem]:
     except CTDiffusionError as e: problems.append(as_problem("model", e))
     return problems
 
-# %% ../../nbs/62_museum.ipynb #9fb95b22
+# %% ../../nbs/62_museum.ipynb #c3fcc381
 @dataclass(frozen=True)
 class Exhibit:
     "A poison, and all that is known about it."
@@ -88,7 +88,7 @@ def _patched(path: Path, offset: int, form: str, *values) -> Path:
     path.write_bytes(gzip.compress(bytes(raw), 6, mtime=0))
     return path
 
-# %% ../../nbs/62_museum.ipynb #5af1257f
+# %% ../../nbs/62_museum.ipynb #3976e100
 @dataclass(frozen=True)
 class Finding:
     "What our readers say of a poisoned folder."
@@ -112,7 +112,7 @@ def examine(exhibit: Exhibit, good: Path) -> Finding:
     path = poisoned(exhibit, good)
     return Finding(path.parents[1], path, tuple(careful(path.parents[1])))
 
-# %% ../../nbs/62_museum.ipynb #3ebc2277
+# %% ../../nbs/62_museum.ipynb #f9a69dbe
 @exhibit("F10", side_fault, "ENHANCE-PET/MOOSE#232")
 def mirrored(folder: Path) -> Path:
     "The voxels are flipped from left to right, the header is not."
@@ -133,7 +133,7 @@ def lost_orientation(folder: Path) -> Path:
         path = _patched(_rewritten(_only(folder, part), lambda v: v[::-1, ::-1].transpose(1, 0, 2)), 252, "<2h", 0, 0)
     return path
 
-# %% ../../nbs/62_museum.ipynb #2dcf2cc2
+# %% ../../nbs/62_museum.ipynb #43c9d186
 @exhibit("F15", hu_fault, "JoHof/lungmask#108")
 def lost_intercept(folder: Path) -> Path:
     "HU + 1024, as the scanner stores them, without the intercept that leads back."
@@ -154,7 +154,7 @@ def mri_among_ct(folder: Path) -> Path:
         return np.hypot(coil * np.interp(hu, *_T1) + noise[0], noise[1]).astype(np.int16)
     return _rewritten(_only(folder, "images"), scanned)
 
-# %% ../../nbs/62_museum.ipynb #d6aa77d1
+# %% ../../nbs/62_museum.ipynb #d3662477
 @exhibit("F12", read_labels, "nipreps/petprep#152")
 def almost_whole(folder: Path) -> Path:
     "Scaled to -1..1 like a picture and back, in float32: 3 comes back as 2.9999998."
@@ -171,7 +171,7 @@ def another_grid(folder: Path, voxels: int = 4) -> Path:
     "Labels on a grid that begins some voxels further left: right in space, wrong in the array."
     return _rewritten(_only(folder, "labels"), lambda v: np.roll(v, voxels, 0), lambda a: a @ nib.affines.from_matvec(np.eye(3), [-voxels, 0, 0]))
 
-# %% ../../nbs/62_museum.ipynb #97b3e6f3
+# %% ../../nbs/62_museum.ipynb #6349967c
 @exhibit("F03", read_labels, "frankkramer-lab/MIScnn#21")
 def half_a_file(folder: Path) -> Path:
     "The labels of a download that was interrupted."
@@ -196,7 +196,7 @@ def flipped_bit(folder: Path, weight: str = "unet.middle.0.res.outer.3.weight") 
     path.write_bytes(raw)
     return path
 
-# %% ../../nbs/62_museum.ipynb #e7951d67
+# %% ../../nbs/62_museum.ipynb #289ced8d
 def _arrays(read) -> list[np.ndarray]:
     "Whatever a reader returns, as arrays in order."
     if isinstance(read, dict): read = [read[k] for k in sorted(read)]
@@ -214,7 +214,7 @@ def tour(
         else: out[e.name] = "right" if len(got) == len(right) and all(map(np.array_equal, got, right)) else "wrong, in silence"
     return out
 
-# %% ../../nbs/62_museum.ipynb #0b3b4ada
+# %% ../../nbs/62_museum.ipynb #b633daf6
 def _line(row: str, r: dict) -> dict:
     "One row for the reader; a dash where nothing is known."
     tests, many = r.get("tests", {}), lambda n, what: f"{n} {what}" + "s" * (n != 1)
