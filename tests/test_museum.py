@@ -84,11 +84,11 @@ def test_a_fault_table_with_gaps(tmp_path):
     assert list(nothing.columns) == ["row", "fault", "required", "tests", "outcome", "guards"]
     assert list(nothing.row) == [f"F{n:02}" for n in range(1, 43)] and (nothing.drop(columns="row") == "–").all(axis=None)
     test = dict(outcome="passed", cases=3, seconds=1.25, why="", guards=[dict(file="a.py", red=True), dict(file="b.py", red=False)])
-    rows = [dict(row="F02", part="A", fault="A bomb", behaviour="refused", outcome="passed", tests=dict(test_F02_a=test, test_F02_b=test | dict(guards=[]))),
+    rows = [dict(row="F02", part="A", fault="A bomb", behaviour="refused", outcome="passed", tests=dict(test_F02_bombs=test | dict(cases=1, guards=[]), test_F02_one_bomb=test)),
             dict(row="F03", part="A", fault="Half", behaviour="said", outcome="no test", tests={})]
     (tmp_path / "faults.json").write_text(json.dumps(dict(rows=rows)))
     table = fault_table(tmp_path / "faults.json").set_index("row")
-    assert table.loc["F02"].tolist() == ["A bomb", "refused", "2 tests, 6 cases, 2.5 s", "passed", "1 of 2 red"]
+    assert table.loc["F02"].tolist() == ["A bomb", "refused", "bombs; one bomb (3)", "passed", "1 of 2 red"]
     assert table.loc["F03"].tolist() == ["Half", "said", "–", "no test", "–"]
     assert (table.drop(index=["F02", "F03"]) == "–").all(axis=None)
 

@@ -217,16 +217,16 @@ def tour(
 # %% ../../nbs/62_museum.ipynb #b633daf6
 def _line(row: str, r: dict) -> dict:
     "One row for the reader; a dash where nothing is known."
-    tests, many = r.get("tests", {}), lambda n, what: f"{n} {what}" + "s" * (n != 1)
+    tests = r.get("tests", {})
     guards = [g["red"] for t in tests.values() for g in t.get("guards", [])]
-    run = f"{many(len(tests), 'test')}, {many(sum(t['cases'] for t in tests.values()), 'case')}, {sum(t['seconds'] for t in tests.values()):.1f} s"
-    return dict(row=row, fault=r.get("fault", DASH), required=r.get("behaviour", DASH), tests=run if tests else DASH, outcome=r.get("outcome", DASH),
+    named = "; ".join(name.removeprefix(f"test_{row}_").replace("_", " ") + f" ({t['cases']})" * (t["cases"] > 1) for name, t in tests.items())
+    return dict(row=row, fault=r.get("fault", DASH), required=r.get("behaviour", DASH), tests=named or DASH, outcome=r.get("outcome", DASH),
                 guards=f"{sum(guards)} of {len(guards)} red" if guards else DASH)
 
 def fault_table(
     path: str | Path,  # faults.json of `make faults`
 ) -> pd.DataFrame:     # row, fault, required, tests, outcome, guards
-    "All 42 faults: what must happen, what was tried, how it ended, and how many guards were taken away and seen red."
+    "All 42 faults: what must happen, which tests try it (in how many cases), how they ended, and how many guards were taken away and seen red."
     try: rows = {r["row"]: r for r in json.loads(Path(path).read_text(encoding="utf-8"))["rows"]}
     except FileNotFoundError: rows = {}
     except (OSError, ValueError, KeyError, TypeError) as e: raise CTDiffusionError(path, f"not readable ({type(e).__name__})", "the table of `make faults`", "Run `make faults`, then `make unguarded`.") from e
