@@ -74,6 +74,8 @@ class Case:
     label: Path | None  # None: an image without labels
     split: str          # "train", "val" or "unlabelled"
 
+    def __post_init__(self): check_case_id(self.id, self.image)
+
 def is_mri(id: str) -> bool:
     "AMOS22 numbers its CT scans below 500 and its MRI scans from 500."
     return bool(m := re.fullmatch(r"amos_(\d{4})", id)) and int(m[1]) >= 500

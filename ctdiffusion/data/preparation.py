@@ -38,6 +38,7 @@ class PrepareConfig:
     def __post_init__(self):
         for name in ("exclude", "allow_mirrored"): object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "split", tuple(sorted((id, split) for id, split in self.split)))
+        for id in (*self.exclude, *self.allow_mirrored, *dict(self.split)): check_case_id(id, "PrepareConfig.exclude, allow_mirrored or split")
         rules = dict(size=8 <= self.size <= 4096, width=self.width > 0, body_radius=self.body_radius >= 0, labels=self.labels in ("required", "none"),
                      every=self.every >= 2, held_out=self.held_out is None or self.held_out >= 1, max_voxels=self.max_voxels >= 1,
                      split=len(dict(self.split)) == len(self.split) and {s for _, s in self.split} <= {"train", "val"} and (self.labels == "required" or not self.split))
@@ -203,6 +204,7 @@ def split_rows(
 
 def write_split(path: str | Path, rows: list[SplitRow]) -> Path:
     "A split file."
+    for r in rows: check_case_id(r.id, path)
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([_SPLIT_COLUMNS, *([getattr(r, c) for c in _SPLIT_COLUMNS] for r in rows)])
     return atomic_write(path, text.getvalue())
