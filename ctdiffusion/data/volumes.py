@@ -139,7 +139,7 @@ def _load(path: Path, max_voxels: int, assume: str | None) -> tuple[Header, byte
             cut = part is None
             data += part or b""
             if header is None and len(data) >= 540: header = check()
-            if header and len(data) > header.size + 2**24: raise CTDiffusionError(path, f"more than {len(data):,} bytes", f"{header.size:,} by its header", _AGAIN)
+            if header and len(data) > header.size + 2**20: raise CTDiffusionError(path, f"more than {len(data):,} bytes", f"{header.size:,} by its header", _AGAIN)
     if cut and len(data) < 348: raise CTDiffusionError(path, f"holds {len(data)} of the 348 bytes of a header", "a whole file", _INTERRUPTED)
     header = header or check()
     if not cut and len(data) >= header.size: return header, data, sha.hexdigest()
