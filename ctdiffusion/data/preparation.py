@@ -7,7 +7,7 @@ __all__ = ['PrepareConfig', 'slices_of', 'digest', 'entry', 'prepare_case', 'cho
            'split_pairs', 'left_out', 'split_rows', 'write_split', 'broken', 'duplicates']
 
 # %% ../../nbs/05_preparation.ipynb #a71ffd94
-import csv, gzip, hashlib, io, json, os, re
+import csv, gzip, hashlib, io, json, os, re, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -132,7 +132,10 @@ def choose(
 def count_slices(path: str | Path) -> int:
     "Axial slices of a volume, from its header alone."
     with open(path, "rb") as f: head = f.read(2)
-    with (gzip.open if head == b"\x1f\x8b" else open)(path, "rb") as f: header = check_header(f.read(540), path, os.path.getsize(path))
+    try:
+        with (gzip.open if head == b"\x1f\x8b" else open)(path, "rb") as f: block = f.read(540)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise CTDiffusionError(path, f"damaged compression ({e})", "an intact gzip file", "Download the file again.") from e
+    header = check_header(block, path, os.path.getsize(path))
     return header.shape[int(np.abs(io_orientation(header.affine)[:, 0] - 2).argmin())]
 
 # %% ../../nbs/05_preparation.ipynb #5b1d07a2
