@@ -1,5 +1,6 @@
 "Work in a forked child with a bound on memory, so that a claim of 2 GB kills the child and not the machine."
 import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +16,6 @@ def within(more: int, work: Callable[[], object]) -> bool:
         if pages: resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + more + 64 * MB,) * 2)  # 64: the arenas of threads
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         work()
-        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before  # KiB on Linux
-        assert grown * 1024 < more, f"{grown:,} KiB more than at birth"
+        grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * (1 if sys.platform == "darwin" else 1024)
+        assert grown < more, f"{grown:,} bytes more than at birth"
     return ended(forked(limited)) == 0

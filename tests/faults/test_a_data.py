@@ -688,7 +688,7 @@ def beside(store): return sorted(f.name.replace(store.name, "X", 1) for f in sto
 
 
 @needs_fork
-@guard(STORE, "os.replace(folder, store)", "shutil.copytree(folder, store)")
+@guard(STORE, "os.replace(folder, store)", "store.mkdir(); [(shutil.copy2(f, store), time.sleep(.1)) for f in sorted(folder.iterdir())]")
 def test_F20_a_killed_preparation_is_never_picked_up(original, tmp_path):
     (tmp_path / "a").mkdir()
     clean, since = prepare(original, tmp_path / "a/clean", CONFIG), time.perf_counter()
@@ -736,12 +736,13 @@ def test_F20_a_killed_rebuild_leaves_the_old_store_or_the_new_one(original, tmp_
         hits += killed_at_random(rebuild, 10 - hits, full, seed := seed + 1, lambda: whole() or pytest.fail("half a store"))
         assert content(target) == clean[CONFIG] and beside(target) == beside(tmp_path / "a/40")
     for where, left in ((".s.old", other), ("s", CONFIG)):
-        prepare(original, target, other, rebuild=True)
+        file = (prepare(original, target, other, rebuild=True).path / "images.npy").stat().st_mtime_ns
         with monkeypatch.context() as m:
             m.setattr(os, "replace", killing(lambda b: b == tmp_path / where))
             assert ended(forked(rebuild)) == -signal.SIGKILL
         assert (tmp_path / ".s.old").exists() and target.exists() == (left is CONFIG)
-        assert prepare(original, target, left).config == left and content(target) == clean[left] and beside(target) == beside(tmp_path / "a/40")
+        assert prepare(original, target, left).config == left and ((target / "images.npy").stat().st_mtime_ns == file) == (left is other), "found, not made again"
+        assert content(target) == clean[left] and beside(target) == beside(tmp_path / "a/40")
 
 
 def below(pid):
