@@ -1,8 +1,11 @@
-"What every test shares: the root of the repository, and pictures drawn without a screen."
+"What tests share: the root of the repository, drawn patients, and pictures drawn without a screen."
 import os
+import shutil
 from pathlib import Path
 
 import pytest
+
+from ctdiffusion.data.phantom import Patient, make_dataset, phantom
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
@@ -11,3 +14,19 @@ os.environ.setdefault("MPLBACKEND", "Agg")
 def root() -> Path:
     "The folder of settings.ini."
     return Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory) -> Path:
+    "Five patients and an MRI in the layout of AMOS22, not to be changed."
+    return make_dataset(tmp_path_factory.mktemp("data") / "amos", train=3, val=2, size=48)
+
+
+@pytest.fixture
+def data(original, tmp_path) -> Path:
+    "A copy of them, to be spoilt."
+    return Path(shutil.copytree(original, tmp_path / "amos"))
+
+
+@pytest.fixture(scope="session")
+def patient() -> Patient: return phantom(seed=11, size=48)

@@ -74,6 +74,8 @@ class Case:
     label: Path | None  # None: an image without labels
     split: str          # "train", "val" or "unlabelled"
 
+    def __post_init__(self): check_case_id(self.id, self.image)
+
 def is_mri(id: str) -> bool:
     "AMOS22 numbers its CT scans below 500 and its MRI scans from 500."
     return bool(m := re.fullmatch(r"amos_(\d{4})", id)) and int(m[1]) >= 500
@@ -167,8 +169,9 @@ def pair_fault(image: Volume, label: Volume, tolerance: float = 1e-3) -> tuple[s
     "What is wrong between an image and its label, both in RAS order; the tolerance is a fraction of the spacing."
     do = "Resample the label to the grid of the image with nearest neighbour."
     if image.data.shape != label.data.shape: return f"label of {label.source.shape}, image {image.source.path} of {image.source.shape}", "equal shapes", do
-    off, matrix = np.abs(image.affine - label.affine).max(), lambda v: v.affine[:3].round(4).tolist()
-    if off > tolerance * image.spacing.min(): return f"affine {matrix(label)}, image {image.source.path} {matrix(image)}, up to {off:.3g} mm apart", "the same grid", do
+    off, matrix = np.abs(image.affine - label.affine)[:3], lambda v: v.affine[:3].round(4).tolist()
+    far = (off @ [*image.data.shape, 1]).max()  # mm at the last voxel, at most
+    if max(off.max(), far / 100) > tolerance * image.spacing.min(): return f"affine {matrix(label)}, image {image.source.path} {matrix(image)}, up to {far:.3g} mm apart", "the same grid", do
 
 # %% ../../nbs/04_cases.ipynb #9977e0b2
 _SIDES = (("liver", "spleen"), ("kidney_right", "kidney_left"))  # the first lies to the right of the second

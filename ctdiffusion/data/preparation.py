@@ -7,7 +7,7 @@ __all__ = ['PrepareConfig', 'slices_of', 'digest', 'entry', 'prepare_case', 'cho
            'split_pairs', 'left_out', 'split_rows', 'write_split', 'broken', 'duplicates']
 
 # %% ../../nbs/05_preparation.ipynb #a71ffd94
-import csv, gzip, hashlib, io, json, os, re
+import csv, gzip, hashlib, io, json, os, re, zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
@@ -38,6 +38,7 @@ class PrepareConfig:
     def __post_init__(self):
         for name in ("exclude", "allow_mirrored"): object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "split", tuple(sorted((id, split) for id, split in self.split)))
+        for id in (*self.exclude, *self.allow_mirrored, *dict(self.split)): check_case_id(id, "PrepareConfig.exclude, allow_mirrored or split")
         rules = dict(size=8 <= self.size <= 4096, width=self.width > 0, body_radius=self.body_radius >= 0, labels=self.labels in ("required", "none"),
                      every=self.every >= 2, held_out=self.held_out is None or self.held_out >= 1, max_voxels=self.max_voxels >= 1,
                      split=len(dict(self.split)) == len(self.split) and {s for _, s in self.split} <= {"train", "val"} and (self.labels == "required" or not self.split))
@@ -131,7 +132,10 @@ def choose(
 def count_slices(path: str | Path) -> int:
     "Axial slices of a volume, from its header alone."
     with open(path, "rb") as f: head = f.read(2)
-    with (gzip.open if head == b"\x1f\x8b" else open)(path, "rb") as f: header = check_header(f.read(540), path, os.path.getsize(path))
+    try:
+        with (gzip.open if head == b"\x1f\x8b" else open)(path, "rb") as f: block = f.read(540)
+    except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise CTDiffusionError(path, f"damaged compression ({e})", "an intact gzip file", "Download the file again.") from e
+    header = check_header(block, path, os.path.getsize(path))
     return header.shape[int(np.abs(io_orientation(header.affine)[:, 0] - 2).argmin())]
 
 # %% ../../nbs/05_preparation.ipynb #5b1d07a2
@@ -203,6 +207,7 @@ def split_rows(
 
 def write_split(path: str | Path, rows: list[SplitRow]) -> Path:
     "A split file."
+    for r in rows: check_case_id(r.id, path)
     text = io.StringIO(newline="")
     csv.writer(text, lineterminator="\n").writerows([_SPLIT_COLUMNS, *([getattr(r, c) for c in _SPLIT_COLUMNS] for r in rows)])
     return atomic_write(path, text.getvalue())

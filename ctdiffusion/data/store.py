@@ -6,18 +6,18 @@
 __all__ = ['VERSION', 'Store', 'content_hash', 'open_store', 'stale', 'ticker', 'PrepareError', 'prepare']
 
 # %% ../../nbs/06_store.ipynb #217436a7
-import errno, json, os, shutil, sys, time
+import errno, json, os, re, shutil, sys, threading, time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, fields, replace
 from functools import cached_property
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-from .cases import Case, Problem, has_error, problems_table, write_problems
+from .cases import Case, Problem, check_case_id, has_error, problems_table, write_problems
 from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write
 from .preparation import PrepareConfig, SplitRow, broken, choose, digest, duplicates, left_out, prepare_case, read_split, split_pairs, split_rows, write_split
 from .volumes import sha256_file
@@ -33,6 +33,7 @@ class Store:
         self.cases, self.hash = self.manifest["cases"], self.manifest["hash"]
         self.config, self.table = PrepareConfig(**self.manifest["config"]), ClassTable.from_json(self.manifest["table"])
         self.problems = [Problem(**p) for p in self.manifest["problems"]]
+        for c in self.cases: check_case_id(c["id"], self.path / "manifest.json")  # they become names of files
 
     @cached_property
     def images(self) -> np.ndarray: return np.load(self.path / "images.npy", mmap_mode="r")
@@ -61,6 +62,15 @@ class Store:
         "The manifest entry of the patient a slice belongs to."
         return next(c for c in self.cases if c["start"] <= row < c["stop"])
 
+    def damaged(self) -> list[str]:
+        "Cases whose slices are not those that were stored, by the checksums of the manifest; reads everything, on all cores."
+        everybody, form = [c["id"] for c in self.cases], (np.dtype(np.uint8), (len(self), self.config.size, self.config.size))
+        try: x, y = self.images, self.labels
+        except Exception: return everybody  # what NumPy's reader of headers meets, it raises: SyntaxError, TokenError, ...
+        if {(a.dtype, a.shape) for a in (x, y)} != {form}: return everybody
+        same = lambda c: digest(x[c["start"]:c["stop"]], y[c["start"]:c["stop"]]) == c["sha256"]
+        with ThreadPoolExecutor() as pool: return [c["id"] for c, ok in zip(self.cases, pool.map(same, self.cases)) if not ok]
+
 # %% ../../nbs/06_store.ipynb #a6dfce5c
 VERSION = 1  # of the format and of the steps that fill it: stores of another version are refused
 _REBUILD = "Prepare again with rebuild=True."
@@ -81,6 +91,7 @@ def open_store(
     path: str | Path,                     # what `prepare` wrote
     config: PrepareConfig | None = None,  # refuse a store made with other parameters
     table: ClassTable | None = None,      # refuse a store made with another class table
+    verify: bool = True,                  # read every slice and compare its checksum
 ) -> Store:
     "A store that is whole, of this version, and made with what was asked for."
     path = Path(path)
@@ -95,6 +106,7 @@ def open_store(
         if n != want: raise fail(f"{name}.npy of {n:,} bytes", f"{want:,}")
     if changed := _changes(store, config) if config else []: raise fail("a store made with " + ", ".join(changed), "the parameters asked for")
     if table and table.hash() != store.table.hash(): raise fail(f"class table {store.table.name!r}", f"{table.name!r} as it is now")
+    if verify and (lost := store.damaged()): raise fail(f"damaged slices of {', '.join(lost[:5])}{', ...' * (len(lost) > 5)}", "the checksums of the manifest", f"The disk or a copy has changed them. {_REBUILD}")
     return store
 
 # %% ../../nbs/06_store.ipynb #492f9b1b
@@ -123,11 +135,15 @@ def ticker(
         last = time.monotonic()
         say(f"{done} of {total} cases, {tqdm.format_interval((last - start) / done * (total - done))} left")
 
+def _leave_with_parent() -> None:
+    "Begin to watch the parent, in a worker: one whose parent was killed would wait for ever."
+    threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
+
 def _each(cases: list[Case], config: PrepareConfig, table: ClassTable, folder: Path, processes: int) -> Iterator[tuple]:
     "Manifest entries and problems of all cases, as they come."
     if processes <= 1: yield from (prepare_case(c, config, table, folder) for c in cases); return
     try:
-        with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), initializer=_leave_with_parent) as pool:
             yield from (job.result() for job in as_completed([pool.submit(prepare_case, c, config, table, folder) for c in cases]))
     except BrokenProcessPool as e: raise CTDiffusionError(folder, "a worker process that died", "enough memory for all of them", "Use fewer processes.") from e
 
@@ -182,6 +198,13 @@ def _commit(folder: Path, store: Path) -> None:
     os.replace(folder, store)
     shutil.rmtree(old, ignore_errors=True)
 
+def _tidy(store: Path) -> None:
+    "What a killed preparation has left goes; a store that it was about to replace comes back."
+    old = store.with_name(f".{store.name}.old")
+    if old.exists() and not store.exists(): os.replace(old, store)
+    for f in store.parent.iterdir():
+        if re.fullmatch(rf"\.{re.escape(store.name)}\.(old|tmp\d+)", f.name): shutil.rmtree(f, ignore_errors=True)
+
 def _present(store: Path, root: Path, config: PrepareConfig, table: ClassTable, rows: list[SplitRow], split_file: str | Path | None) -> Store | None:
     "The store that is already there if it still fits; an error if it does not."
     if not store.exists() or not any(store.iterdir()): return None
@@ -202,15 +225,15 @@ def prepare(
 ) -> Store:
     "Read, check and cut all cases once; a store that is already there is opened if it fits and refused if not."
     root, store = Path(data_root), Path(os.path.abspath(store))
-    scratch, foreign = store.with_name(f".{store.name}.tmp"), store.exists() and any(store.iterdir()) and not (store / "manifest.json").exists()
+    scratch, foreign = store.with_name(f".{store.name}.tmp{os.getpid()}"), store.exists() and any(store.iterdir()) and not (store / "manifest.json").exists()
     if foreign: raise CTDiffusionError(store, "a folder that is no store", "a store, or nothing", "Choose another folder.")
     rows = read_split(split_file, root) if split_file else []
     if rows: config = replace(config, split=split_pairs(rows))
     store.parent.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(store.with_name(f".{store.name}.lock"), timeout=0):
+            _tidy(store)
             if not rebuild and (there := _present(store, root, config, table, rows, split_file)): return there
-            shutil.rmtree(scratch, ignore_errors=True)
             scratch.mkdir()
             try: _fill(scratch, store, root, config, table, processes, progress, rows, split_file); _commit(scratch, store)
             finally: shutil.rmtree(scratch, ignore_errors=True)

@@ -56,8 +56,7 @@ MAX_VOXELS = 512 * 512 * 2048  # larger claims are refused unless the caller rai
 _SPACING = (0.2, 12.)           # mm, plausible for CT
 _DTYPES = (2, 4, 8, 16, 64, 256, 512, 768, 1024, 1280)  # integers of 1 to 8 bytes, float32, float64
 
-def _unscaled(h: nib.Nifti1Header) -> bool:
-    return all(x == 0 or np.isnan(x) for x in (h["scl_slope"], h["scl_inter"])) or (h["scl_slope"] == 1 and h["scl_inter"] == 0)
+def _unscaled(h: nib.Nifti1Header) -> bool: return all(x == 0 or np.isnan(x) for x in (h["scl_slope"], h["scl_inter"])) or (h["scl_slope"] == 1 and h["scl_inter"] == 0)
 
 RULES = (  # fields, what must hold, in words, what to do
     (("dim",), lambda h: 3 <= h["dim"][0] <= 7 and (h["dim"][4:h["dim"][0] + 1] == 1).all(), "one 3-D volume", "Save one frame as a 3-D file."),
@@ -73,7 +72,7 @@ def check_affine(affine: np.ndarray, path: str | Path) -> np.ndarray:
     "The affine itself, refused if it is no map from voxels to a patient."
     fail = lambda found, expected: CTDiffusionError(path, found, expected, "Repair the header, or export the volume again.")
     if not np.isfinite(affine).all(): raise fail("NaN or infinity in the affine", "finite numbers")
-    spacing = np.linalg.norm(affine[:3, :3], axis=0)
+    with np.errstate(over="ignore"): spacing = np.linalg.norm(affine[:3, :3], axis=0)
     if not ((_SPACING[0] <= spacing) & (spacing <= _SPACING[1])).all(): raise fail(f"spacing {spacing.round(4).tolist()}", f"{_SPACING[0]} to {_SPACING[1]:g} mm along every axis")
     if abs(np.linalg.det(affine[:3, :3] / spacing)) < 0.1: raise fail(f"axes that coincide, {affine[:3, :3].round(3).tolist()}", "three different directions")
     return affine
@@ -81,9 +80,10 @@ def check_affine(affine: np.ndarray, path: str | Path) -> np.ndarray:
 def _affine(h: nib.Nifti1Header, path: str | Path, assume: str | None) -> np.ndarray:
     "The matrix of a header, or the one assumed where the header has none."
     if h["qform_code"] <= 0 and h["sform_code"] <= 0:
-        if assume is None: raise CTDiffusionError(path, "qform and sform code 0, so no orientation", "a known one", "Repair the header, or pass assume='RAS' (or 'LPS', ...) if you know the order of the voxels.")
+        if sorted("LRPAIS".find(c) // 2 for c in assume or "") != [0, 1, 2]: raise CTDiffusionError(path, f"qform and sform code 0, so no orientation, and assume={assume!r}", "a known one", "Repair the header, or pass assume='RAS' (or 'LPS', ...) if you know the order of the voxels.")
         return np.linalg.inv(inv_ornt_aff(axcodes2ornt(assume), (1, 1, 1))) @ np.diag([*h["pixdim"][1:4], 1.])
-    try: return np.array(h.get_best_affine(), float)
+    try:
+        with np.errstate(all="ignore"): return np.array(h.get_best_affine(), float)
     except (nib.spatialimages.HeaderDataError, ValueError) as e: raise CTDiffusionError(path, f"a qform that is no rotation ({e})", "a rotation", "Repair the header.") from e
 
 # %% ../../nbs/02_volumes.ipynb #17d6ea78
@@ -139,7 +139,8 @@ def _load(path: Path, max_voxels: int, assume: str | None) -> tuple[Header, byte
             cut = part is None
             data += part or b""
             if header is None and len(data) >= 540: header = check()
-            if header and len(data) > header.size + 2**24: raise CTDiffusionError(path, f"more than {len(data):,} bytes", f"{header.size:,} by its header", _AGAIN)
+            if header and len(data) > header.size + 2**20: raise CTDiffusionError(path, f"more than {len(data):,} bytes", f"{header.size:,} by its header", _AGAIN)
+    if cut and len(data) < 348: raise CTDiffusionError(path, f"holds {len(data)} of the 348 bytes of a header", "a whole file", _INTERRUPTED)
     header = header or check()
     if not cut and len(data) >= header.size: return header, data, sha.hexdigest()
     raise CTDiffusionError(path, f"holds {min(len(data), header.size):,} of {header.size:,} bytes", "a whole file", _INTERRUPTED)
@@ -148,10 +149,10 @@ def _values(header: Header, data: bytearray, path: Path) -> np.ndarray:
     "slope x stored + intercept: small integers as stored, else int16 where that is exact and float32 otherwise."
     raw = np.frombuffer(data, header.dtype, int(np.prod(header.shape)), header.offset).reshape(header.shape, order="F")
     if header.dtype in (np.int16, np.int8, np.uint8) and header.scaling == (1, 0): return np.require(raw, requirements="A")
-    x = raw.astype(np.float64 if header.dtype.itemsize > 2 else np.float32) * header.scaling[0] + header.scaling[1]
-    if not (finite := np.isfinite(x)).all():
-        raise CTDiffusionError(path, f"{(~finite).sum():,} voxels that are NaN or infinite", "finite numbers", "Export the volume again; resampling beyond its border makes such voxels.")
-    exact = np.abs(x).max() < 2**15 and (x == np.rint(x)).all()
+    with np.errstate(all="ignore"): x = raw.astype(np.float64 if header.dtype.itemsize > 2 else np.float32) * header.scaling[0] + header.scaling[1]
+    if not (top := np.abs(x).max()) <= (most := np.finfo(np.float32).max):  # true of NaN, too
+        raise CTDiffusionError(path, f"{(~(np.abs(x) <= most)).sum():,} voxels that are NaN or infinite", "finite numbers", "Export the volume again; resampling beyond its border makes such voxels.")
+    exact = top < 2**15 and (x == np.rint(x)).all()
     return x.astype(np.int16 if exact else np.float32)
 
 # %% ../../nbs/02_volumes.ipynb #25fed554
@@ -207,8 +208,9 @@ def _volume(path: str | Path, max_voxels: int, assume: str | None) -> Volume:
     if not Path(path).is_file(): raise CTDiffusionError(path, "no such file", "a NIfTI volume", "Check the path.")
     header, data, sha = _load(Path(path), max_voxels, assume)
     ras, affine = to_ras(_values(header, data, Path(path)), header.affine)
-    notes = (f"slices tilted or sheared by {tilt(affine):.0f} degrees, kept as scanned",) * (tilt(affine) > 1)
-    return Volume(ras, affine, Source(str(path), header.shape, header.affine, sha), notes)
+    x, y, _ = np.linalg.norm(affine[:3, :3], axis=0)
+    notes = {f"slices tilted or sheared by {tilt(affine):.0f} degrees, kept as scanned": tilt(affine) > 1, f"pixels of {x:.4g} x {y:.4g} mm, not square": abs(x / y - 1) > .01}
+    return Volume(ras, affine, Source(str(path), header.shape, header.affine, sha), tuple(n for n, so in notes.items() if so))
 
 def read_image(
     path: str | Path,              # .nii or .nii.gz
@@ -239,7 +241,7 @@ def read_labels(
     if ids.min() < 0 or ids.max() >= table.n: check_labels(ids, path, table)
     if not allow_body and table.body is not None and (ids == table.body).any():
         raise CTDiffusionError(path, f"label {table.body} ({(ids == table.body).sum()} voxels)", "organs only: this id is kept for the body, which we draw", "Remove it, or pass a class table that names it.")
-    notes = ("labels rounded to whole numbers",) * bool(off.max()) + ("no organ labelled",) * (not ids.any())
+    notes = ("labels rounded to whole numbers",) * (ids is not v.data) + ("no organ labelled",) * (not ids.any())
     return Volume(ids.astype(np.uint8, copy=False), v.affine, v.source, v.notes + notes)
 
 # %% ../../nbs/02_volumes.ipynb #5c2fc81d

@@ -103,7 +103,7 @@ def synthesize_share(job: EvaluateJob, say: Callable[[str], object] = print) -> 
     "This process's part of all test patients, at every milestone that is to be evaluated: made, and judged where the judge is ready."
     (rank, world), done = stand_alone(), 0
     if job.threads: torch.set_num_threads(job.threads)
-    store, seed = open_store(job.folder("store")), json.loads((Path(job.run_dir) / "run.json").read_text())["seed"]
+    store, seed = open_store(job.folder("store"), verify=False), json.loads((Path(job.run_dir) / "run.json").read_text())["seed"]
     judge = judge_of(job, store, say) if _ready(job) else None
     for step in kept_steps(job.run_dir, job.milestones):
         model, folder = load(job.run_dir, job.device, step), Path(job.run_dir) / "evaluation" / f"step_{step:08d}"

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..data.cases import check_case_id
 from ..data.labels import AMOS, CTDiffusionError
 from ..data.store import Store, open_store
 from ..models.variants import Preset
@@ -176,6 +177,7 @@ class SynthesizeJob(Job):
         "What `synthesize` is to be told of each volume."
         files = sorted(Path(self.labels).glob("*.nii.gz")) if self.labels else []
         if not files or not self.out: raise CTDiffusionError(self.labels or "labels", f"{len(files)} label volumes; out={self.out!r}", "*.nii.gz, and a folder for the results", "Pass -p labels FOLDER -p out FOLDER.")
+        for f in files: check_case_id(f.name.removesuffix(".nii.gz"), f)
         image = lambda f: dict(image=Path(self.images) / f.name) if self.images else {}
         return [dict(labels=f, out=Path(self.out) / f.name) | image(f) for f in files]
 
@@ -204,7 +206,7 @@ def main(words: Sequence[str]) -> None:
     leave_with_parent(job.folder() if what == "train" else None)
     if what == "synthesize": synthesize_job(job); return
     if job.threads: torch.set_num_threads(job.threads)
-    train_job(job, open_store(job.store or job.folder() / "store"))
+    train_job(job, open_store(job.store or job.folder() / "store", verify=not os.environ.get("CTDIFFUSION_CHILD")))
     if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
 
 if __name__ == "__main__" and "__file__" in globals(): main(sys.argv[1:])
