@@ -117,8 +117,9 @@ _CONVERT = "Have it converted in a sandbox, or ask for a safetensors file."
 
 def _looks(path: Path) -> str:
     "What a file without a sensible header seems to be."
-    with open(path, "rb") as f: head = f.read(4)
-    return ", and looks like " + ("a zip archive, as torch.save writes" if head == b"PK\x03\x04" else "a pickle") if head == b"PK\x03\x04" or head[:1] == b"\x80" else ""
+    with open(path, "rb") as f: head = f.read(262)
+    kinds = {"a zip archive, as torch.save writes": head[:4] == b"PK\x03\x04", "a pickle": head[:1] == b"\x80", "a tar archive, as torch once wrote": head[257:] == b"ustar"}
+    return next((f", and looks like {kind}" for kind, fits in kinds.items() if fits), "")
 
 def read_tensors(path: str | Path) -> tuple[dict, dict[str, str]]:  # name -> tensor, and the notes that were saved beside them
     "The tensors of a safetensors file."

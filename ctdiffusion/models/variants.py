@@ -57,7 +57,7 @@ class Config:
         return cls(**{key: value(one_of(key, names, cls.__name__), v) for key, v in d.items()})
 
 # %% ../../nbs/29_variants.ipynb #805cb3b1
-LARGEST = dict(T=100_000, size=8192, classes=1024, channels=8192, other=8192, blocks=64, encoder_blocks=64, mult=64, doublings=12, judge_halvings=12)  # no file may ask for more
+LARGEST = dict(T=100_000, size=8192, classes=1024, channels=8192, other=8192, blocks=16, encoder_blocks=16, mult=64, doublings=12, judge_halvings=12)  # no file may ask for more
 
 @dataclass(frozen=True)
 class ModelConfig(Config):
@@ -95,7 +95,7 @@ class ModelConfig(Config):
         for key, v in ((k, v) for k, value in self.to_dict().items() for v in (value if isinstance(value, tuple) else (value,))):
             most = LARGEST.get(key, LARGEST["other"])
             if isinstance(v, int) and not 0 <= v <= most: raise CTDiffusionError(f"model.{key}", f"{v:,}", f"0 to {most:,}", "Correct the value.")
-        if len(self.mult) > 16: raise CTDiffusionError("model.mult", f"{len(self.mult)} levels", "at most 16", "Correct the value.")
+        if len(self.mult) > 10: raise CTDiffusionError("model.mult", f"{len(self.mult)} levels", "at most 10", "Correct the value.")
 
 # %% ../../nbs/29_variants.ipynb #3e9dab23
 @dataclass(frozen=True)
