@@ -78,9 +78,7 @@ def embedded() -> list[str]:
     return sorted(p.parent.name for p in weights_folder().glob("*/run.json"))
 
 # %% ../../nbs/40_synthesis.ipynb #651f4256
-def exported(
-    source: str | Path,                # a name of `embedded()`, or a folder made by `export`
-) -> tuple[dict, dict[str, Tensor]]:   # run.json, and all weights, the judge's too, in float32
+def exported(source: str | Path) -> tuple[dict, dict[str, Tensor]]:  # name or folder -> run.json, and all weights, the judge's too, in float32
     "Weights with the description that knows their checksum."
     folder = weights_folder() / str(source) if str(source) in embedded() else Path(source)
     run, path = read_run(folder, sha256=str), folder / "weights.safetensors"

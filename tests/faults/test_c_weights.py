@@ -85,7 +85,7 @@ EDITS = {  # key that the message must name: what is edited, and to what
 }
 
 
-@pytest.mark.guard("ctdiffusion/training/folder.py", 'if k.split(".")[-1] not in FREE]\n\ndef read_run', 'if k == "never"]\n\ndef read_run')
+@pytest.mark.guard("ctdiffusion/training/folder.py", 'if old[k] != new.get(k) and k.split(".")[-1] not in FREE]', 'if k == "never"]')
 @pytest.mark.guard("ctdiffusion/synthesis/synthesis.py", 'describe(agree(read_run(folder), c["meta"], folder), c["ema"]', 'describe(read_run(folder), c["ema"]')
 @pytest.mark.guard("ctdiffusion/synthesis/synthesis.py", 'run = agree(read_run(source), checkpoint["meta"], source)', "run = read_run(source)")
 @pytest.mark.guard("ctdiffusion/synthesis/synthesis.py", "save_file(weights, temp, dict(ctdiffusion=", "save_file(weights, temp, dict(nobody=")
