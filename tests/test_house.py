@@ -240,24 +240,41 @@ def test_outputs_are_for_readers():
 
 # ---------------------------------------------------------------------------------------- what the package may do
 
-FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
+FORBIDDEN_IMPORTS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml", "urllib.request", "http.client", "requests", "httpx", "aiohttp", "ftplib", "tarfile"}
+FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "os.startfile", "shutil.unpack_archive", "pd.read_pickle", "pandas.read_pickle", "urlopen", "urlretrieve"}
 NEVER_AT_RUN_TIME = {"nbdev", "fastcore", "execnb", "torchvision", "pytest"}
 ONLY_APPS = {"IPython", "ipywidgets", "papermill", "nbformat", "nbclient"}
 
 
+def dangerous(call: ast.Call) -> bool:
+    "Does a call run text, a shell or a pickle, unpack without looking, or fetch what is not pinned?"
+    called, options = ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
+    last, first = called.rpartition(".")[2], ast.unparse(call.args[0]) if call.args else ""
+    pinned = len(call.args) > 1 and ast.unparse(call.args[1]).startswith(("f'sha256:", "'sha256:"))
+    return (called in FORBIDDEN_CALLS or last in ("extractall", "urlopen", "urlretrieve", "load_state_dict_from_url") or options.get("shell", "False") != "False"
+            or called.startswith("torch.hub.") and last != "get_dir"  # where downloads are kept
+            or called.startswith("subprocess.") and isinstance(call.args[0] if call.args else None, (ast.Constant, ast.JoinedStr, ast.BinOp))
+            or last in ("load", "loadtxt", "genfromtxt") and "allow_pickle" in options
+            or called == "pooch.retrieve" and not pinned or called.startswith("pooch.") and last not in ("retrieve", "file_hash"))
+
+
 def test_package_uses_nothing_dangerous():
-    "No pickle, eval, exec, yaml.load, shell, extractall; torch.load only with weights_only=True."
-    wrong = []
+    "No pickle, eval, exec, yaml, shell, extractall, unpinned download; `torch.load` once, in page 01_foreign, with weights_only=True."
+    wrong, loads = [], []
     for path in MODULES:
         parsed = tree(path.read_text(encoding="utf-8"))
-        wrong += [f"{name(path)}:{line} imports {m}" for m, line in imports(parsed) if m.split(".")[0] in FORBIDDEN_IMPORTS]
+        wrong += [f"{name(path)}:{line} imports {m}" for m, line in imports(parsed) if {m, m.rpartition(".")[0], m.split(".")[0]} & FORBIDDEN_IMPORTS]
         for call in (n for n in ast.walk(parsed) if isinstance(n, ast.Call)):
-            called, options = ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
-            bad = (called in ("eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load") or called.endswith(".extractall")
-                   or options.get("shell") == "True" or options.get("allow_pickle") == "True"
-                   or (called == "torch.load" and options.get("weights_only") != "True"))
-            if bad: wrong.append(f"{name(path)}:{call.lineno} calls {called}({', '.join(f'{k}={v}' for k, v in options.items())})")
+            if dangerous(call): wrong.append(f"{name(path)}:{call.lineno} calls {ast.unparse(call)[:120]}")
+            if ast.unparse(call.func) == "torch.load": loads.append((path.name, {k.arg: ast.unparse(k.value) for k in call.keywords}.get("weights_only")))
+        wrong += [f"{name(path)} takes load out of torch" for m, _ in imports(parsed) if m in ("torch.load", "torch.serialization", "torch.serialization.load")]
     none(wrong)
+    assert loads == [("foreign.py", "True")]
+
+
+@pytest.mark.parametrize("bad", ["os.system('ls')", "subprocess.run('ls')", "subprocess.run(f'ls {x}')", "subprocess.Popen(a, shell=True)", "shutil.unpack_archive(a)", "z.extractall(f)", "np.load(f, allow_pickle=True)",
+                                 "torch.hub.load('x', 'y')", "torch.hub.download_url_to_file(u, f)", "urllib.request.urlopen(u)", "urlretrieve(u)", "pooch.retrieve(u, None)", "pooch.retrieve(u, 'md5:1')", "eval(x)", "pd.read_pickle(f)"])
+def test_the_search_for_danger_finds_it(bad): assert dangerous(ast.parse(bad).body[0].value)
 
 
 def test_package_imports_only_what_it_declares():

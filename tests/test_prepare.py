@@ -29,18 +29,9 @@ def test_nnunet_names(data):
     assert len(cases) == 5 and not errors(problems)
 
 
-@pytest.mark.parametrize("text", ['{"training": [{"image": "../../x", "label": "/etc/passwd"}]}', '{"training": [{"image": 3, "label": null}]}', '{"training": 7}', "[1]", "{", '{"training": ["x"]}', "[" * 100_000])
-def test_hostile_dataset_json(data, text):
-    (data / "dataset.json").write_text(text)
-    (p,) = errors(find_cases(data)[1])
-    assert p.path.endswith("dataset.json")
-
-
 def test_dataset_json_lists_what_is_missing(data):
     (data / "imagesTr/amos_0003.nii.gz").unlink()
     assert "listed in dataset.json but missing" in {p.found for p in errors(find_cases(data)[1]) if p.case == "amos_0003"}
-    (data / "dataset.json").write_text(json.dumps({"licence": "x", "labels": {"8": "arota"}, "training": []}) + " " * 2**23)
-    assert any("bytes" in p.found for p in errors(find_cases(data)[1]))
 
 
 def test_split_is_by_patient_and_stated():

@@ -165,8 +165,8 @@ def test_folders_that_are_refused(store, tmp_path):
     weights.unlink()
     with pytest.raises(CTDiffusionError, match="damaged or missing weights"): load_segmenter(tmp_path / "a")
     (tmp_path / "a/segmenter.json").write_text("{")
-    with pytest.raises(CTDiffusionError, match="no readable segmenter.json"): load_segmenter(tmp_path / "a")
-    with pytest.raises(CTDiffusionError, match="no readable segmenter.json"): load_segmenter(tmp_path / "nowhere")
+    with pytest.raises(CTDiffusionError, match="segmenter.json: found no"): load_segmenter(tmp_path / "a")
+    with pytest.raises(CTDiffusionError, match="segmenter.json: found no"): load_segmenter(tmp_path / "nowhere")
 
 
 # -------------------------------------------------------------------------------------------------- the judge's contract

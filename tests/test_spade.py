@@ -258,14 +258,6 @@ def test_no_file_no_training(tmp_path):
     with pytest.raises(CTDiffusionError, match="vgg='off'"): digest_of(tmp_path / "vgg19-dcbb9e9d.pth")
 
 
-def test_a_file_with_code_inside_is_not_run(tmp_path):
-    class Bomb:
-        def __reduce__(self): return (open, (str(tmp_path / "boom"), "w"))
-    path = vgg_file(tmp_path, Bomb())
-    with pytest.raises(Exception, match="weights_only|Weights only"): load_vgg(path)
-    assert not (tmp_path / "boom").exists()
-
-
 def test_offline_the_term_is_off_with_one_loud_line():
     def unreachable(): raise ConnectionError("no network")
     with warnings.catch_warnings(record=True) as caught:

@@ -209,12 +209,6 @@ def test_second_job_is_refused(there):
     assert not (there / "run.json").exists()
 
 
-@pytest.mark.parametrize("change,key", [(dict(model=replace(MODEL, variant="edge")), "model.variant"), (dict(config=replace(CONFIG, lr=1e-4)), "train.lr"), (dict(seed=1), "seed")])
-def test_other_configuration_is_refused(whole, change, key):
-    with pytest.raises(CTDiffusionError, match=key): run(whole, **change)
-    assert (whole / "DONE").exists()
-
-
 # --------------------------------------------------------------------------------------------- full disks, bad numbers
 
 def test_disk_full_while_training(there, monkeypatch, capfd):

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from ..data.foreign import read_json
 from ..data.labels import CTDiffusionError
 from ..data.phantom import make_dataset
 from ..data.splits import PAPER_SLICES
@@ -130,10 +131,10 @@ def _pair(job: ReproduceJob, data: dict, variant: str, seed: int) -> tuple[Task,
 # %% ../../nbs/60_jobs.ipynb #c27650d4
 def differences(task: Task) -> str:
     "What run.json of a training says otherwise than the plan; empty where they agree."
-    job, run = TrainJob(**task.parameters), json.loads((task.run / "run.json").read_text())
+    job, run = TrainJob(**task.parameters), read_json(task.run / "run.json")
     p, store = job.config(), Path(job.store) / "manifest.json"
     want = dict(variant=job.variant, seed=job.seed, init=job.init, model=p.model.to_dict(), train=p.train.to_dict())
-    if store.exists(): want["data"] = dict(hash=json.loads(store.read_text())["hash"])
+    if store.exists(): want["data"] = dict(hash=read_json(store, dict(hash=str), limit=2**27)["hash"])
     old, new = flat(run), flat(json.loads(json.dumps(want)))
     return ", ".join(f"{k}={old[k]!r} (planned {v!r})" for k, v in new.items() if k in old and old[k] != v and k.split(".")[-1] not in FREE)
 
@@ -147,7 +148,7 @@ def state(task: Task) -> str:
     if task.kind == "train" and (task.run / "run.json").exists():
         other = differences(task)
         return f"another run: {other}" if other else "done" if trained(task) else "interrupted"
-    known = task.kind == "prepare" or task.record.exists() and json.loads(task.record.read_text())["digest"] == task.digest
+    known = task.kind == "prepare" or task.record.exists() and read_json(task.record).get("digest") == task.digest
     if task.kind != "train" and known and all(m.exists() for m in task.makes): return "done"
     return "interrupted" if task.log.exists() else "new"
 
@@ -167,7 +168,7 @@ def seconds(variant: str, name: str, gpu: bool) -> tuple[float, float]:
     "Of one slice in a training step, and of one slice in a pass of the network."
     c, passes = _cost(preset(variant, name).model), PASSES.get(variant, 3)
     if gpu: return passes * 2e9 * (c["gmac_mask"] + c["gmac_step"]) / GPU, 2e9 * c["gmac_step"] / GPU
-    rows = json.loads((notebooks() / "results" / f"steps-{name}-cpu.json").read_text())["rows"]
+    rows = read_json(notebooks() / "results" / f"steps-{name}-cpu.json")["rows"]
     step = next(r["seconds"] / r["batch"] for r in rows if r["variant"] == variant)
     return step, step / passes
 

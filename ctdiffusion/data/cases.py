@@ -7,11 +7,12 @@ __all__ = ['Problem', 'as_problem', 'has_error', 'problems_table', 'write_proble
            'hold_out', 'find_cases', 'hu_fault', 'pair_fault', 'side_fault', 'read_case']
 
 # %% ../../nbs/04_cases.ipynb #5dc427a7
-import csv, io, json, re
+import csv, io, re
 from collections.abc import Callable, Collection
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 import numpy as np
+from .foreign import fits, read_json
 from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write
 from .volumes import MAX_VOXELS, Volume, read_image, read_labels
 
@@ -115,13 +116,15 @@ def _listed(root: Path, limit: int = 2**23) -> list[Problem]:
     path = root / "dataset.json"
     bad = lambda found, expected: [Problem("", str(path), found, expected, "Download dataset.json again, or delete it: only the files count.")]
     if not path.is_file(): return []
-    if path.stat().st_size > limit: return bad(f"{path.stat().st_size:,} bytes", f"at most {limit:,}")
     try:
-        d = json.loads(path.read_text())
-        names = [n for k in ("training", "validation") for row in d.get(k, []) for n in (row["image"], row["label"])]
+        d, names = read_json(path, limit=limit), []
+        for key in ("training", "validation"):
+            wrong = [row for row in d.get(key, []) if not all(fits(row.get(side), str) for side in ("image", "label"))] if fits(d.get(key, []), list[dict]) else d[key]
+            if wrong: return bad(f"{key}: {str(wrong)[:80]}", '[{"image": "./imagesTr/...", "label": "./labelsTr/..."}, ...]')
+            names += [row[side] for row in d.get(key, []) for side in ("image", "label")]
         missing = [n for n in names if not inside(root, n).exists()]
-    except (ValueError, RecursionError, AttributeError, KeyError, TypeError, OSError) as e: return bad(f"not what it should be ({type(e).__name__}: {str(e)[:80]})", '{"training": [{"image": "./imagesTr/...", "label": ...}]}')
     except CTDiffusionError as e: return bad(e.found[:120], e.expected)
+    except (ValueError, OSError) as e: return bad(f"a path that is none ({str(e)[:80]})", "paths inside of the folder")
     return [Problem(re.sub(r"\.nii(\.gz)?$", "", Path(n).name), str(root / n), "listed in dataset.json but missing", "the file", "Download or unpack the data again.") for n in missing]
 
 def find_cases(

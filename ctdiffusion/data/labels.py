@@ -42,6 +42,12 @@ class LabelClass:
 # %% ../../nbs/00_labels.ipynb #0dde6125
 def _key(name: str) -> str: return name.strip().lower().replace(" ", "_").replace("-", "_")
 
+def _sound(c: LabelClass) -> bool:
+    "Is everything in a class what its users rely on? From a file it may be anything."
+    names = (c.name, *c.aliases, *(s for s in (c.ts_v1, c.ts_v2, c.column) if s is not None))
+    numbers = isinstance(c.color, tuple) and len(c.color) == 3 and all(type(v) is int for v in (c.id, *c.color)) and all(0 <= v < 256 for v in c.color)
+    return numbers and isinstance(c.aliases, tuple) and all(isinstance(s, str) and s.isprintable() and 0 < len(s) <= 100 for s in names)
+
 @dataclass(frozen=True)
 class ClassTable:
     "All ids of a label map, 0 to n-1, in order."
@@ -50,6 +56,7 @@ class ClassTable:
 
     def __post_init__(self):
         where, ids = f"class table '{self.name}'", [c.id for c in self.classes]
+        if strange := [c for c in self.classes if not _sound(c)]: raise CTDiffusionError(where, f"{strange[0]}"[:200], "whole ids, names to print, colours of 0 to 255", "Correct that class.")
         if ids != list(range(len(ids))):
             raise CTDiffusionError(where, f"ids {ids}", "0, 1, 2, ... without gaps", "Renumber the classes.")
         keys = [k for c in self.classes for k in {_key(s) for s in (c.name, *c.aliases)}]
@@ -79,9 +86,11 @@ class ClassTable:
 
     @classmethod
     def from_json(cls, d: dict) -> "ClassTable":
-        "The table that `to_json` wrote."
+        "The table that `to_json` wrote, or an error that says why it cannot be one."
         tuples = lambda c: {k: tuple(v) if isinstance(v, list) else v for k, v in c.items()}
-        return cls(d["name"], tuple(LabelClass(**tuples(c)) for c in d["classes"]))
+        try: return cls(d["name"], tuple(LabelClass(**tuples(c)) for c in d["classes"]))
+        except (LookupError, TypeError, ValueError, AttributeError) as e:
+            raise CTDiffusionError("class table", f"{type(e).__name__}: {e}"[:200], "a name, and classes with id, name and color", "Write it with ClassTable.to_json; data_instructions.md shows how.") from e
 
     def hash(self) -> str:
         "Tells whether a store or a checkpoint was made with this very table."

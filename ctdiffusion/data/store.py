@@ -18,21 +18,26 @@ import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .cases import Case, Problem, check_case_id, has_error, problems_table, write_problems
+from .foreign import blame, read_json
 from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write
 from .preparation import PrepareConfig, SplitRow, broken, choose, digest, duplicates, left_out, prepare_case, read_split, split_pairs, split_rows, write_split
 from .volumes import sha256_file
 
 # %% ../../nbs/06_store.ipynb #fa7fc56f
+_REBUILD = "Prepare again with rebuild=True."
+_MANIFEST = dict(version=int, hash=str, config=dict, table=dict, bytes=dict, cases=list[dict], problems=list[dict])
+
 class Store:
     "A prepared data set: `images` and `labels` are (N, size, size) uint8 on disk, `cases` says whose slices they are."
     def __init__(self,
         path: str | Path,  # folder with manifest.json, images.npy and labels.npy
     ):
         self.path = Path(path)
-        self.manifest = json.loads((self.path / "manifest.json").read_text())
-        self.cases, self.hash = self.manifest["cases"], self.manifest["hash"]
-        self.config, self.table = PrepareConfig(**self.manifest["config"]), ClassTable.from_json(self.manifest["table"])
-        self.problems = [Problem(**p) for p in self.manifest["problems"]]
+        self.manifest = m = read_json(self.path / "manifest.json", _MANIFEST, limit=2**27, do=_REBUILD)
+        with blame(self.path / "manifest.json", do=_REBUILD):
+            self.cases, self.hash = m["cases"], m["hash"]
+            self.config, self.table = PrepareConfig(**m["config"]), ClassTable.from_json(m["table"])
+            self.problems = [Problem(**p) for p in m["problems"]]
         for c in self.cases: check_case_id(c["id"], self.path / "manifest.json")  # they become names of files
 
     @cached_property
@@ -73,7 +78,6 @@ class Store:
 
 # %% ../../nbs/06_store.ipynb #a6dfce5c
 VERSION = 1  # of the format and of the steps that fill it: stores of another version are refused
-_REBUILD = "Prepare again with rebuild=True."
 
 def content_hash(manifest: dict) -> str:
     "Parameters, class table and every stored slice in one number, independent of files and their dates."
@@ -97,8 +101,8 @@ def open_store(
     path = Path(path)
     fail = lambda found, expected, do=_REBUILD: CTDiffusionError(path, found, expected, do)
     if not (path / "manifest.json").is_file(): raise fail("no manifest.json", "a prepared store", "Run prepare first.")
-    try: store, m = Store(path), json.loads((path / "manifest.json").read_text()); intact = content_hash(m) == m["hash"]
-    except (ValueError, KeyError, TypeError, AttributeError) as e: raise fail(f"a manifest that cannot be read ({e})", "the manifest written by prepare") from e
+    m = (store := Store(path)).manifest
+    with blame(path / "manifest.json", do=_REBUILD): intact = content_hash(m) == m["hash"]
     if m["version"] != VERSION: raise fail(f"version {m['version']}", f"version {VERSION}")
     if not intact: raise fail("a manifest that was changed", "its own hash")
     for name, want in m["bytes"].items():

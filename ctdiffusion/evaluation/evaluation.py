@@ -7,7 +7,7 @@ __all__ = ['JUDGES', 'EvaluateJob', 'judge_of', 'features_of', 'synthesize_share
            'reference_rows', 'milestone_rows', 'show_rows', 'plot_organs', 'worst_and_best']
 
 # %% ../../nbs/58_evaluation.ipynb #30548662
-import json, sys
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +18,7 @@ import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
+from ..data.foreign import read_json
 from ..data.labels import CTDiffusionError
 from ..data.store import Store, open_store
 from ..diffusion.solvers import parse_sampler
@@ -31,6 +32,7 @@ from .segmenter import SegmenterConfig, train_segmenter
 from ..models.variants import one_of
 from ..synthesis.processes import as_words, enough, leave_with_parent, read_words, share, stand_alone, together
 from ..synthesis.synthesis import load
+from ..training.folder import read_run
 from ..training.parameters import Job
 from ..training.runs import crash_point
 
@@ -68,8 +70,8 @@ class EvaluateJob(Job):
 
     def data(self) -> str:
         "What the data are called: drawn patients are a phantom, wherever they lie."
-        try: about = json.loads((self.folder("data_root") / "dataset.json").read_text())
-        except (OSError, ValueError): return self.folder("data_root").resolve().name
+        try: about = read_json(self.folder("data_root") / "dataset.json")
+        except CTDiffusionError: return self.folder("data_root").resolve().name
         return "phantom" if "drawn patients" in str(about.get("description")) else str(about.get("name") or self.folder("data_root").resolve().name)
 
 # %% ../../nbs/58_evaluation.ipynb #511daab6
@@ -103,7 +105,7 @@ def synthesize_share(job: EvaluateJob, say: Callable[[str], object] = print) -> 
     "This process's part of all test patients, at every milestone that is to be evaluated: made, and judged where the judge is ready."
     (rank, world), done = stand_alone(), 0
     if job.threads: torch.set_num_threads(job.threads)
-    store, seed = open_store(job.folder("store"), verify=False), json.loads((Path(job.run_dir) / "run.json").read_text())["seed"]
+    store, seed = open_store(job.folder("store"), verify=False), read_run(job.run_dir)["seed"]
     judge = judge_of(job, store, say) if _ready(job) else None
     for step in kept_steps(job.run_dir, job.milestones):
         model, folder = load(job.run_dir, job.device, step), Path(job.run_dir) / "evaluation" / f"step_{step:08d}"

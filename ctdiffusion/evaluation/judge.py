@@ -17,6 +17,7 @@ from typing import Protocol
 
 import numpy as np
 
+from ..data.foreign import read_json
 from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write
 from ..data.slices import axial, resize_images, unaxial, unwindow, window
 from ..data.volumes import Source, Volume, read_image, read_labels, sha256_file, write_volume
@@ -233,7 +234,7 @@ class TotalSegmentator:
             nowhere = {k: "http://127.0.0.1:9" for k in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY")} | dict(no_proxy="", NO_PROXY="")
             env = os.environ | nowhere | dict(TOTALSEG_HOME_DIR=temp, TOTALSEG_WEIGHTS_PATH=str(self.root))
             _run(self.name, [self.python, "-c", _child(), json.dumps(job)], env, temp)
-            _translate(raw, {int(i): n for i, n in json.loads(names.read_text()).items()}, out, self.table, "ts_v2")
+            _translate(raw, {int(i): n for i, n in read_json(names).items()}, out, self.table, "ts_v2")
 
 # %% ../../nbs/54_judge.ipynb #83828cbd
 def doctor(judge: TotalSegmentator) -> str:

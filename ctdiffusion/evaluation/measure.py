@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..data.foreign import read_json
 from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write
 from ..data.slices import axial
 from ..data.store import Store
@@ -27,7 +28,7 @@ from .results import FORMAT, mean_dice, milestone, read_results, write_results
 from ..models.variants import PRESETS, VARIANTS, ModelConfig, preset
 from ..synthesis.gallery import air_noise
 from ..synthesis.synthesis import Model, finished, load, pieces, sidecar
-from ..training.folder import environment
+from ..training.folder import environment, read_run
 from ..training.runs import latest_checkpoint
 
 # %% ../../nbs/56_measure.ipynb #7b1a5be7
@@ -66,7 +67,7 @@ def kept_steps(
     all: bool = True,  # False: only the last
 ) -> list[int]:
     "The steps whose weights a run has kept as milestones, and its last."
-    run, last = json.loads((Path(run_dir) / "run.json").read_text()), latest_checkpoint(run_dir)
+    run, last = read_run(run_dir), latest_checkpoint(run_dir)
     if last is None: raise CTDiffusionError(run_dir, "a run without a checkpoint", "at least one", "Let it train until it saves; train.log says when.")
     there = {int(f.stem[5:]) for f in (Path(run_dir) / "checkpoints").glob("step_*.safetensors")}
     return sorted(there & {*(run["train"]["milestones"] if all else ()), int(last.stem[5:])})
@@ -176,7 +177,7 @@ def measure(
 def training_hours(run_dir: str | Path, step: int) -> float:
     "Hours that a run has taken for its first `step` steps, by its log."
     total, last, start = 0.0, 0.0, None
-    for line in (Path(run_dir) / "train.log").read_text().splitlines():
+    for line in (Path(run_dir) / "train.log").read_text("utf-8", "replace").splitlines():
         stamp, text = line[:19], line[20:]
         if text.startswith(("beginning at", "continuing after")): total, last, start = total + last, 0.0, datetime.fromisoformat(stamp)
         elif start and (m := re.match(r"step ([\d,]+)/", text)) and int(m[1].replace(",", "")) <= step: last = (datetime.fromisoformat(stamp) - start).total_seconds() / 3600
@@ -236,7 +237,7 @@ def evaluate(
     say: Callable[[str], object] = print,
 ) -> Path:                            # RUN_DIR/evaluation/step_XXXXXXXX/results.json
     "Synthesise, judge and measure a milestone of a run; a second call finds it finished."
-    run, model, folder = json.loads((Path(run_dir) / "run.json").read_text()), load(run_dir, device, step), Path(run_dir) / "evaluation" / f"step_{step:08d}"
+    run, model, folder = read_run(run_dir), load(run_dir, device, step), Path(run_dir) / "evaluation" / f"step_{step:08d}"
     check_model(model, store)
     cases, slices, start, path = patients(store, first), [], time.monotonic(), folder / "results.json"
     walk = (sampler or model.sampler) if VARIANTS[run["variant"]].family == "diffusion" else "one pass"
@@ -249,7 +250,7 @@ def evaluate(
         say(f"step {step:,}: {k} of {len(cases)} patients, {sum(map(len, slices))} slices, sampler {walk}, {time.monotonic() - start:.0f} s")
     keep_slices(folder / "slices.npz", cases, slices)
     found = [judge_patient(judge, p, s, folder, model.level, model.width, store.table) for p, s in zip(cases, slices)] if judge else ()
-    seconds = sum(json.loads(sidecar(folder / f"{p.id}.npy").read_text())["seconds"] for p in cases)
+    seconds = sum(read_json(sidecar(folder / f"{p.id}.npy"), dict(seconds=float))["seconds"] for p in cases)
     facts = dict(milestone=milestone(step, max(run["train"]["max_steps"], step)), preset=preset_of(run), seed=run["seed"], step=step, start=run["init"], config=run["config"],
                  hours=dict(training=training_hours(run_dir, step), sampling=seconds / 3600), checkpoint=model.sha256, sampler=walk)
     return write_results(path, document(run["variant"], measure(cases, slices, found, features, cache, store.table, model.width), store, name, judge, features, **facts))

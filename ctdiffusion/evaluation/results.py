@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from ..data.foreign import parse_json, read_json
 from ..data.labels import AMOS, CTDiffusionError, atomic_write
 
 # %% ../../nbs/51_results.ipynb #7ff5d633
@@ -108,27 +109,21 @@ def seal(results: Mapping) -> str:
     rest = {k: v for k, v in results.items() if k != "sha256"}
     return hashlib.sha256(json.dumps(rest, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()).hexdigest()
 
-def _parse(text: str | bytes, path: str | Path, nan: bool) -> dict:
-    "JSON as the standard knows it; `nan`: NaN is read as null."
-    def constant(name):
-        if not (nan and name == "NaN"): raise CTDiffusionError(path, name, "finite numbers, or null where there is none", _remedy)
-    number = lambda digits: float(digits) if np.isfinite(float(digits)) else constant(digits)  # 1e999
-    try: found = json.loads(text, parse_constant=constant, parse_float=number)
-    except (ValueError, RecursionError) as e: raise CTDiffusionError(path, f"no JSON ({e})", _rule, _remedy) from None
-    if not isinstance(found, dict): raise CTDiffusionError(path, f"a {type(found).__name__}", _rule, _remedy)
+def _complete(found: dict, path: str | Path) -> dict:
     if wrong := faults(found): raise CTDiffusionError(path, "; ".join(wrong), _rule, _remedy)
     return found
 
 def write_results(path: str | Path, results: Mapping) -> Path:
     "Check, seal and write a result; the whole file or none."
     text = json.dumps({k: v for k, v in results.items() if k != "sha256"}, default=lambda x: x.item())
-    document = _parse(text, path, nan=True)
+    def constant(name: str) -> None:  # NaN is written as null
+        if name != "NaN": raise CTDiffusionError(path, name, "finite numbers, or null where there is none", _remedy)
+    document = _complete(parse_json(text, path, nan=constant, do=_remedy), path)
     return atomic_write(path, json.dumps(document | dict(sha256=seal(document)), indent=1) + "\n")
 
 def read_results(path: str | Path) -> dict:
     "A result, if it is complete and nobody has edited it."
-    if not Path(path).is_file(): raise CTDiffusionError(path, "no file", _rule, _remedy)
-    document = _parse(Path(path).read_bytes(), path, nan=False)
+    document = _complete(read_json(path, do=_remedy), path)
     if document.get("sha256") == seal(document): return document
     raise CTDiffusionError(path, f"a file edited after it was sealed ({str(document.get('sha256'))[:12]}...)", f"sha256 {seal(document)[:12]}... of what it says", _remedy)
 

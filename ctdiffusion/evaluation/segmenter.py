@@ -17,8 +17,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from filelock import FileLock
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
+from ..data.foreign import blame, read_json, read_tensors
 from ..data.labels import ClassTable, CTDiffusionError, atomic_write
 from ..data.slices import axial, resize_images, resize_labels, unaxial, window
 from ..data.store import Store
@@ -185,12 +186,12 @@ class Segmenter:
 def load_segmenter(folder: str | Path, device: str = "auto") -> Segmenter:
     "The judge that `train_segmenter` left in a folder, if its weights are those that were written."
     path = Path(folder) / "weights.safetensors"
-    try: about = json.loads((path.parent / "segmenter.json").read_text()); sha, config = about["sha256"], SegmenterConfig.from_dict(about["job"]["config"])
-    except (OSError, ValueError, KeyError, TypeError) as e: raise CTDiffusionError(folder, f"no readable segmenter.json ({type(e).__name__})", "a finished judge", "Train it with train_segmenter; delete a damaged file first.") from e
-    if not path.is_file() or sha256_file(path) != sha: raise CTDiffusionError(path, "damaged or missing weights", f"sha256 {sha[:12]}... as in segmenter.json", "Copy them again, or delete the folder to train anew.")
-    net = network(config, len(about["table"]["classes"]))
-    load_weights(net, load_file(path), path)
-    return Segmenter(net.to(where(device)[0]).eval().requires_grad_(False), about, config, ClassTable.from_json(about["table"]))
+    needs = {"sha256": str, "job.config": dict, "job.store": str, "table": dict, "size": int, "level": float, "width": float, "patients": int}
+    about = read_json(path.parent / "segmenter.json", needs, do="Train it with train_segmenter; delete a damaged file first.")
+    with blame(path.parent / "segmenter.json"), torch.device("meta"): net = network(config := SegmenterConfig.from_dict(about["job"]["config"]), (table := ClassTable.from_json(about["table"])).n)
+    if not path.is_file() or sha256_file(path) != about["sha256"]: raise CTDiffusionError(path, "damaged or missing weights", f"sha256 {about['sha256'][:12]}... as in segmenter.json", "Copy them again, or delete the folder to train anew.")
+    load_weights(net, read_tensors(path)[0], path)
+    return Segmenter(net.to(where(device)[0]).eval().requires_grad_(False), about, config, table)
 
 def _same(found: dict, job: dict, folder: Path) -> None:
     if found != job: raise CTDiffusionError(folder, f"a judge of another {' and '.join(k for k in job if found.get(k) != job[k])}", "this store and this configuration", "Choose another folder, or delete this one to train anew.")

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
 
+from ..data.foreign import blame, import_pt
 from ..data.labels import CTDiffusionError
 from ..data.volumes import sha256_file
 from .pix2pix import Adversarial, Generator
@@ -204,7 +205,7 @@ def load_vgg(
         warnings.warn(f"{method} TRAINS WITHOUT ITS VGG TERM: fine texture will be poorer, and its numbers are not those of {method} with VGG. Fetch {VGG_URL} and pass vgg=PATH, or silence this with vgg='off'.", stacklevel=2)
         return None, f"off: no weights ({type(e).__name__})"
     digest = digest_of(path)
-    return VGG19(torch.load(path, weights_only=True, map_location="cpu")), f"{path.name}, SHA-256 {digest}"
+    with blame(path, "VGG19's weights, as torchvision names them", f"Download {VGG_URL}."): return VGG19(import_pt(path)), f"{path.name}, SHA-256 {digest}"
 
 # %% ../../nbs/24_spade.ipynb #07a201fa
 class SPADE(Adversarial):

@@ -126,7 +126,7 @@ def train_job(
     if batch % job.processes: raise CTDiffusionError("processes", f"{job.processes} for a batch of {batch}", "a divisor of the batch", "Correct one of them.")
     together("ctdiffusion.synthesis.processes", ["train", *as_words(job)], job.processes, run / "processes.log", job.threads, say)
     path = latest_checkpoint(run, say)
-    reason = (run / "train.log").read_text().splitlines()[-1][20:].rpartition(" at step ")[0]  # what `train` says last
+    reason = (run / "train.log").read_text("utf-8", "replace").splitlines()[-1][20:].rpartition(" at step ")[0]  # what `train` says last
     return Result(run, int(path.stem[5:]), reason == "done", reason, path)
 
 # %% ../../nbs/42_processes.ipynb #b2ca4c32

@@ -14,16 +14,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..data.foreign import parse_json, read_json, read_tensors
 from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write, write_ctbl, write_itksnap
 from ..data.slices import axial, body_mask, resize_images, resize_labels, unaxial, unwindow, with_body
 from ..data.volumes import Volume, read_image, read_labels, sha256_file, write_volume
 from ..diffusion.schedule import Schedule, make_schedule
 from ..models.gpu import MODES, Swift, upload
 from ..models.sdm import Guided
-from ..models.variants import VARIANTS, ModelConfig, build, one_of
+from ..models.variants import VARIANTS, ModelConfig, one_of
+from ..training.folder import IDENTITY, agree, planned, read_run
 from ..training.runs import generator, latest_checkpoint, learned_weights, read_checkpoint
 from ..training.step import load_weights, make_slices
 
@@ -56,15 +58,14 @@ def describe(
 ) -> Model:
     "The network of a run.json, with these weights."
     device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
-    config, data = ModelConfig.from_dict(run["model"]), run["data"]
-    net = build(config).requires_grad_(False).eval()
     mine = {k.removeprefix("net."): v for k, v in weights.items() if not k.startswith("judge.")}  # a judge is for training
-    load_weights(net, mine, path)
+    net, config, table = planned(run, path)
+    load_weights(net.requires_grad_(False).eval(), mine, path)
     net, scale = net.to(device, memory_format=torch.channels_last), run["train"].get("guidance", 1.0)
     if scale != 1: net = Guided(net, scale)  # SDM, where its run says so
     one_of(mode, MODES, "mode")
     if device.type == "cuda" and VARIANTS[config.variant].family == "diffusion": net = Swift(net, mode)
-    return Model(net, config, ClassTable.from_json(data["table"]), data["level"], data["width"], run["train"]["sampler"], path.name, sha256)
+    return Model(net, config, table, run["data"]["level"], run["data"]["width"], run["train"]["sampler"], path.name, sha256)
 
 # %% ../../nbs/40_synthesis.ipynb #bc31a4b9
 def weights_folder() -> Path:
@@ -77,20 +78,20 @@ def embedded() -> list[str]:
     return sorted(p.parent.name for p in weights_folder().glob("*/run.json"))
 
 # %% ../../nbs/40_synthesis.ipynb #651f4256
-def exported(
-    source: str | Path,                # a name of `embedded()`, or a folder made by `export`
-) -> tuple[dict, dict[str, Tensor]]:   # run.json, and all weights, the judge's too, in float32
+def exported(source: str | Path) -> tuple[dict, dict[str, Tensor]]:  # name or folder -> run.json, and all weights, the judge's too, in float32
     "Weights with the description that knows their checksum."
     folder = weights_folder() / str(source) if str(source) in embedded() else Path(source)
-    run, path = json.loads((folder / "run.json").read_text()), folder / "weights.safetensors"
+    run, path = read_run(folder, sha256=str), folder / "weights.safetensors"
     if (sha := sha256_file(path)) != run["sha256"]: raise CTDiffusionError(path, f"sha256 {sha[:12]}...", f"{run['sha256'][:12]}... as in run.json", "The file is damaged or was replaced: install or copy it again.")
-    return run, {k: v.float() if v.is_floating_point() else v for k, v in load_file(path).items()}
+    weights, notes = read_tensors(path)
+    return agree(run, parse_json(notes.get("ctdiffusion", "{}"), path), folder), {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
 
 def _trained(folder: Path, device: str, step: int | None = None, mode: str = "eager") -> Model:
     "A checkpoint of a run folder, its averaged weights."
     path = latest_checkpoint(folder) if step is None else folder / f"checkpoints/step_{step:08d}.safetensors"
     if path is None: raise CTDiffusionError(folder, "a run without a checkpoint", "at least one", "Let it train until it saves; train.log says when.")
-    return describe(json.loads((folder / "run.json").read_text()), read_checkpoint(path)["ema"], folder, sha256_file(path), device, mode)
+    c = read_checkpoint(path)
+    return describe(agree(read_run(folder), c["meta"], folder), c["ema"], folder, sha256_file(path), device, mode)
 
 def load(
     source: str | Path,    # a name of `embedded()`, a run folder, or a folder made by `export`
@@ -117,9 +118,10 @@ def export(
     "The averaged weights of a run, small enough to travel, with their checksum and origin."
     folder, path = Path(folder), latest_checkpoint(source)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint, run = read_checkpoint(path), json.loads((Path(source) / "run.json").read_text())
+    checkpoint = read_checkpoint(path)
+    run = agree(read_run(source), checkpoint["meta"], source)
     weights = {k: v.to(dtype if v.is_floating_point() else v.dtype).contiguous() for k, v in learned_weights(checkpoint).items()}
-    atomic_write(folder / "weights.safetensors", lambda temp: save_file(weights, temp))
+    atomic_write(folder / "weights.safetensors", lambda temp: save_file(weights, temp, dict(ctdiffusion=json.dumps({k: run[k] for k in ("config", *IDENTITY) if k in run}))))
     about = dict(step=checkpoint["step"], command=command, dtype=str(dtype).removeprefix("torch."), sha256=sha256_file(folder / "weights.safetensors"))
     run["train"]["sampler"] = sampler or run["train"]["sampler"]
     atomic_write(folder / "run.json", json.dumps(run | about, indent=1))
@@ -200,9 +202,9 @@ def sidecar(out: str | Path) -> Path:
 
 def finished(out: str | Path, job: dict) -> bool:
     "Is `out` there, whole, and the result of this job?"
-    try: side = json.loads(sidecar(out).read_text())
-    except (OSError, ValueError): return False
-    return isinstance(side, dict) and side.get("job") == job and Path(out).is_file() and sha256_file(out) == side.get("sha256")
+    try: side = read_json(sidecar(out))
+    except CTDiffusionError: return False
+    return side.get("job") == job and Path(out).is_file() and sha256_file(out) == side.get("sha256")
 
 def pieces(
     model: Model,

@@ -6,7 +6,7 @@
 __all__ = ['coerce', 'check_parameters', 'given_names', 'Job', 'scaled', 'TrainJob', 'parameters_cell']
 
 # %% ../../nbs/35_parameters.ipynb #c9c29ebd
-import ast, json, math
+import ast, math
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
@@ -14,6 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, get_type_hints
 
+from ..data.foreign import read_json, read_table
 from ..data.labels import AMOS, ClassTable, CTDiffusionError
 from ..diffusion.solvers import parse_sampler
 from ..diffusion.schedule import make_schedule
@@ -143,14 +144,14 @@ class TrainJob(Job):
 
     def table(self) -> ClassTable:
         "What the ids of the label files mean."
-        return ClassTable.from_json(json.loads(Path(self.class_table).read_text())) if self.class_table else AMOS
+        return read_table(self.class_table) if self.class_table else AMOS
 
 # %% ../../nbs/35_parameters.ipynb #43215711
 def parameters_cell(
     notebook: str | Path,
 ) -> dict[str, tuple[str, Any]]:  # name: (type, default)
     "What the one cell tagged `parameters` declares, read without running it."
-    cells = [c for c in json.loads(Path(notebook).read_text())["cells"] if "parameters" in c["metadata"].get("tags", [])]
+    cells = [c for c in read_json(notebook, dict(cells=list[dict]), limit=2**26)["cells"] if "parameters" in c["metadata"].get("tags", [])]
     if len(cells) != 1: raise CTDiffusionError(notebook, f"{len(cells)} cells tagged `parameters`", "one", "Tag the cell with the defaults (JupyterLab: property inspector).")
     lines = ast.parse("".join(cells[0]["source"])).body
     return {a.target.id: (ast.unparse(a.annotation), ast.literal_eval(a.value)) for a in lines if isinstance(a, ast.AnnAssign)}

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..data.foreign import parse_json, read_json, read_tensors
 from ..data.labels import CTDiffusionError, atomic_write
 from ..data.volumes import sha256_file
 
@@ -78,20 +78,20 @@ def damage(path: str | Path) -> str | None:
     "What is wrong with a checkpoint; neither torch nor safetensors would notice a flipped bit."
     path = Path(path)
     if not path.is_file(): return "no such file"
-    try: want = json.loads(path.with_suffix(".json").read_text()); n, sha = want["bytes"], want["sha256"]
-    except (OSError, ValueError, KeyError, TypeError): return f"no readable {path.with_suffix('.json').name} beside it"
+    try: want = read_json(path.with_suffix(".json"), dict(bytes=int, sha256=str)); n, sha = want["bytes"], want["sha256"]
+    except CTDiffusionError: return f"no readable {path.with_suffix('.json').name} beside it"
     if path.stat().st_size != n: return f"{path.stat().st_size:,} of {n:,} bytes"
     if sha256_file(path) != sha: return "another sha256 than it was written with"
 
 def read_checkpoint(path: str | Path) -> dict:  # model, ema, optim, step, meta
     "A checkpoint whose bytes are those that were written; `optim` holds the other groups."
     if bad := damage(path): raise CTDiffusionError(path, bad, "a whole checkpoint", "Use an older one, or copy it again.")
-    with safe_open(path, "pt") as f:
-        meta, out = json.loads(f.metadata()["ctdiffusion"]), {"model": {}, "ema": {}, "optim": {}}
-        if meta["format"] > FORMAT: raise CTDiffusionError(path, f"format {meta['format']}", f"{FORMAT} or older", "Update ctdiffusion.")
-        for key in f.keys():
-            group, name = key.split("/", 1)
-            (out if group in out else out["optim"]).setdefault(group, {})[name] = f.get_tensor(key)
+    (tensors, notes), out = read_tensors(path), {"model": {}, "ema": {}, "optim": {}}
+    meta = parse_json(notes.get("ctdiffusion", "{}"), path, dict(format=int, step=int))
+    if meta["format"] > FORMAT: raise CTDiffusionError(path, f"format {meta['format']}", f"{FORMAT} or older", "Update ctdiffusion.")
+    for key, tensor in tensors.items():
+        group, _, name = key.partition("/")
+        (out if group in out else out["optim"]).setdefault(group, {})[name] = tensor
     return dict(out, step=meta["step"], meta=meta)
 
 def learned_weights(checkpoint: dict) -> dict[str, Tensor]:
@@ -102,9 +102,9 @@ def learned_weights(checkpoint: dict) -> dict[str, Tensor]:
 # %% ../../nbs/30_runs.ipynb #093f288b
 def _pointer(run_dir: Path) -> str | None:
     "The file latest.json names, '' if it cannot be read, None if there is none."
-    try: return str(json.loads((run_dir / "latest.json").read_text())["file"])
-    except FileNotFoundError: return None
-    except (ValueError, KeyError, TypeError): return ""
+    if not (run_dir / "latest.json").exists(): return None
+    try: return read_json(run_dir / "latest.json", dict(file=str))["file"]
+    except CTDiffusionError: return ""
 
 def latest_checkpoint(
     run_dir: str | Path,

@@ -98,7 +98,7 @@ def where(
 
 # %% ../../nbs/32_step.ipynb #89a3c951
 def load_weights(
-    net: nn.Module,
+    net: nn.Module,    # on the meta device, where it takes no memory: it gets some if the weights are its own
     weights: dict[str, Tensor],
     path: str | Path,  # where they are from, for the message
 ) -> None:
@@ -106,6 +106,7 @@ def load_weights(
     own, given = ({k: tuple(v.shape) for k, v in w.items()} for w in (net.state_dict(), weights))
     differ = [f"{k} {given.get(k, 'missing')} for {own.get(k, 'nothing')}" for k in sorted({*own, *given}) if own.get(k) != given.get(k)]
     if differ: raise CTDiffusionError(path, f"{len(differ)} tensors of another network: {', '.join(differ[:4])}", "weights of this configuration", "Use the ModelConfig they were trained with.")
+    if next(net.parameters()).is_meta: net.to_empty(device="cpu")  # every number in it comes from a file: no network has a buffer that is not saved
     net.load_state_dict(weights)
 
 def weights_hash(weights: dict[str, Tensor]) -> str:

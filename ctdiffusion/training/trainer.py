@@ -21,7 +21,7 @@ from torch.distributed import TCPStore
 from ..data.labels import CTDiffusionError, atomic_write
 from ..data.store import Store
 from ..models.variants import ModelConfig, TrainConfig
-from .folder import Log, RunLock, Stop, check_space, claim_run, environment, persistent
+from .folder import Log, RunLock, Stop, check_space, claim_run, differing, environment, persistent, read_run
 from .runs import add_metrics, batch_rows, crash_point, cut_metrics, latest_checkpoint, prune, read_checkpoint, write_checkpoint
 from .state import State, begin
 from .step import where, write_png
@@ -48,20 +48,20 @@ class Trainer:
         "run.json, and room for what will be saved."
         s, c = self.state, self.config
         data = dict(hash=s.store.hash, table=s.store.table.to_json(), level=s.store.config.level, width=s.store.config.width)
-        identity = dict(variant=s.model.variant, seed=s.seed, init=s.origin, model=s.model.to_dict(), train=c.to_dict(), data=data, notes=getattr(s.whole, "notes", {}))
+        self.identity = json.loads(json.dumps(dict(variant=s.model.variant, seed=s.seed, init=s.origin, model=s.model.to_dict(), train=c.to_dict(), data=data, notes=getattr(s.whole, "notes", {}))))  # tuples are lists in a file
         about = dict(batch=c.batch, world=self.world, device=str(s.device), rows=len(s.rows), environment=environment())
         if self.rank == 0:
             check_space(self.run_dir, 3 * sum(p.nbytes for p in s.whole.parameters()) + sum(v.nbytes for v in s.ema.weights.values()), 3 + sum(m <= c.max_steps for m in c.milestones))
-            claim_run(self.run_dir, identity, about)
+            claim_run(self.run_dir, self.identity, about)
         if self.world > 1: torch.distributed.barrier()
-        self.hash = json.loads((self.run_dir / "run.json").read_text())["config"]
+        self.hash = read_run(self.run_dir)["config"]
 
     def resume(self) -> None:
         "To the newest whole checkpoint, or to the first step where there is none."
         path = latest_checkpoint(self.run_dir, self.log)
         if path is not None:
             c = read_checkpoint(path)
-            if c["meta"]["config"] != self.hash: raise CTDiffusionError(path, "a checkpoint of another configuration", "one of this run", "Move it out of the folder.")
+            if c["meta"].get("config") != self.hash: raise CTDiffusionError(path, f"a checkpoint of another configuration{': ' + ', '.join(d) if (d := differing(c['meta'], self.identity)) else ''}", "one of this run", "Move it out of the folder.")
             self.state.restore(c, path)
         if self.rank == 0: cut_metrics(self.run_dir / "metrics.csv", self.step)
         s = self.state
@@ -87,7 +87,7 @@ class Trainer:
         self.losses(); self.state.settle(); self.saved, groups = time.monotonic(), self.state.groups()
         if not all(v.isfinite().all() for g in ("model", "ema") for v in groups[g].values()): raise self.not_finite("a weight", self.step - 1)
         if self.rank: return
-        meta = dict(config=self.hash, seed=self.state.seed, model=self.state.model.to_dict())
+        meta = dict(config=self.hash, **self.identity)
         persistent(lambda: write_checkpoint(self.run_dir, self.step, groups, meta), self.run_dir)
         prune(self.run_dir, self.config.milestones)
 
