@@ -304,6 +304,14 @@ def test_modules_parse_on_the_oldest_python():
     none(wrong)
 
 
+def test_data_floor_loads_no_torch():
+    "Volumes, archives and JSON can be looked at where torch would take seconds, or is not installed."
+    modules = ", ".join(f"ctdiffusion.data.{p.stem}" for p in MODULES if p.parent.name == "data" and p.stem != "__init__")
+    code = f"import sys; import {modules}; print([m for m in sys.modules if m == 'torch'])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
+    assert done.stdout == "[]\n", done.stderr
+
+
 # --------------------------------------------------------------------------------------------- around the notebooks
 
 def settings() -> configparser.SectionProxy:
