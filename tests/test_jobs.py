@@ -103,13 +103,13 @@ def test_an_evaluation_is_done_with_its_parameters_only(tiny):
     assert state(task(root=str(moved))) == "done"
 
 
-def test_somebody_elses_run_stops_only_what_needs_it(tiny):
+def test_somebody_elses_run_stops_only_what_needs_it(tiny, root):
     task = named(plan(tiny), "train-pix2pix-s0")
     (task.run).mkdir(parents=True)
     (task.run / "run.json").write_text(json.dumps(dict(seed=7)))
     (tiny.folder / "store").mkdir()
     (tiny.folder / "store" / "manifest.json").write_text(json.dumps(dict(hash="0")))
-    ended = launch.run_tasks(plan(tiny), 1, lambda line: None, tiny.folder)
+    ended = launch.run_tasks(plan(tiny), 1, lambda line: None, root / "nbs")
     assert list(ended.values()) == ["done", "another run: seed=7 (planned 0)", "not begun: train-pix2pix-s0 is not done"]
     with pytest.raises(CTDiffusionError, match="another run"): launch.insist(ended, tiny)
 
@@ -157,7 +157,7 @@ def nbs(root, tmp_path):
     for name in ("prepare", "reproduce"): shutil.copy(root / "nbs" / f"{name}.ipynb", there)
     tasks = plan(ReproduceJob())
     for kind, work in dict(train=TRAIN, evaluate=EVALUATE).items():
-        head = "\n".join(f"{k} = {v!r}" for k, v in next(t for t in tasks if t.kind == kind).parameters.items())
+        head = "\n".join(f"{k}: {type(v).__name__} = {v!r}" for k, v in next(t for t in tasks if t.kind == kind).parameters.items())
         nb = new_notebook(cells=[new_code_cell(head, metadata=dict(tags=["parameters"])), new_code_cell(work)], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
         nbformat.write(nb, there / f"{kind}.ipynb")
     return there
