@@ -221,11 +221,6 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(nbs, tmp_path):
     assert done.returncode == 0 and "evaluate-oasis-s0" in page and "15 of 15" in page and not (tmp_path / "root").exists()
 
 
-def test_a_misspelt_parameter_is_refused(nbs, tmp_path):
-    done = reproduce(nbs, tmp_path / "no.ipynb", "-p", "variant", "mask")
-    assert done.returncode != 0 and "did you mean variants" in done.stderr
-
-
 # ---------------------------------------------------------------------------------------------- a scheduler of our own
 
 STUBS = dict(
