@@ -299,6 +299,8 @@ def anything(passed: list) -> None:
         try:
             made = check_parameters(parameters, job)
             passed.append(job)
+            for v in parameters.values(): assert v is None or isinstance(v, (str, int, float))
+            for v in vars(made).values(): assert v.encode() is not None if isinstance(v, str) else -1e18 < v < 1e18
             if job is TrainJob: made.config(), made.folder()
             if job is EvaluateJob: made.data(), made.folder("shared")
             if job is ReproduceJob: made.data, made.crew, made.seeds > 2 or plan(made)
@@ -306,9 +308,10 @@ def anything(passed: list) -> None:
     try_them()
 
 
-@pytest.mark.guard(PAGE, "if number == int(number) and abs(number) < 10**18: return", "if number == int(number): return")
-@pytest.mark.guard("ctdiffusion/diffusion/solvers.py", r"(\d{1,6}(?:,\d{1,6})*)", r"([\d,]+)")
+@pytest.mark.guard(PAGE, "if not math.isfinite(number := float(word)): raise ValueError", "number = float(word)")
 @pytest.mark.guard(PAGE, "if not isinstance(value, (str, Real)): raise ValueError", "pass")
+@pytest.mark.guard(PAGE, "except (ValueError, RecursionError): text", "except RecursionError: text")
+@pytest.mark.guard(PAGE, "name if name.isidentifier() else _shown(name)", "name")
 def test_F23_whatever_is_given(tmp_path, monkeypatch):
     "In a process of its own with half a gigabyte to spare."
     monkeypatch.chdir(tmp_path)
