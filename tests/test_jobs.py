@@ -157,7 +157,8 @@ def nbs(root, tmp_path):
     for name in ("prepare", "reproduce"): shutil.copy(root / "nbs" / f"{name}.ipynb", there)
     tasks = plan(ReproduceJob())
     for kind, work in dict(train=TRAIN, evaluate=EVALUATE).items():
-        head = "\n".join(f"{k}: {type(v).__name__} = {v!r}" for k, v in next(t for t in tasks if t.kind == kind).parameters.items())
+        declared = {k: v for t in reversed(tasks) if t.kind == kind for k, v in t.parameters.items()}
+        head = "\n".join(f"{k}: {type(v).__name__} = {v!r}" for k, v in declared.items())
         nb = new_notebook(cells=[new_code_cell(head, metadata=dict(tags=["parameters"])), new_code_cell(work)], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
         nbformat.write(nb, there / f"{kind}.ipynb")
     return there
