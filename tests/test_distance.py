@@ -3,8 +3,6 @@ import hashlib
 import sys
 import types
 import warnings
-from dataclasses import FrozenInstanceError
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,7 +14,7 @@ from ctdiffusion.data.labels import AMOS, CTDiffusionError
 from ctdiffusion.data.phantom import phantom
 from ctdiffusion.data.slices import axial, resize_images, resize_labels, window
 from ctdiffusion.evaluation import distance as page
-from ctdiffusion.evaluation.distance import Inception, RandomConvolutions, distance, frechet, inception_file, kid, real_features
+from ctdiffusion.evaluation.distance import Inception, RandomConvolutions, frechet, kid, real_features
 from ctdiffusion.evaluation.quality import to_bytes
 
 def rng(seed=0): return np.random.default_rng(seed)
@@ -122,36 +120,6 @@ def test_the_distance_rises_with_every_kind_of_damage(population):
     patients = frechet(features(x[owner % 2 == 0]), features(x[owner % 2 == 1]))
     assert frechet(known, features(fake)) < patients / 10
 
-# ------------------------------------------------------------------------------------------ a number and its papers
-
-def test_a_distance_says_everything_and_cannot_be_changed(population):
-    x, _, _ = population
-    d = distance(x[::2], x[1::2], Means())
-    assert (d.n_real, d.n_fake) == (len(x[::2]), len(x[1::2]))
-    for part in ("not FID", Means.protocol, "48x48", "N-1", "unbiased"): assert part in d.protocol
-    for part in (f"N = {d.n_real} real, {d.n_fake} synthetic", d.protocol, f"{d.value:.4g}", "KID"): assert part in str(d)
-    with pytest.raises(FrozenInstanceError): d.value = 0
-
-def test_bytes_and_floats_give_the_same_number(population):
-    x, _, _ = population
-    assert distance(x[::2], to_bytes(x[1::2]), Means()) == distance(to_bytes(x[::2]), x[1::2], Means())
-
-def test_few_images_warn_and_enough_do_not():
-    x = rng().random((2048, 4, 4))
-    with pytest.warns(UserWarning, match="2047 images are fewer than 2,048"): distance(x, x[1:], Means())
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        distance(x, x, Means())
-
-@pytest.mark.parametrize("spoil, message", [
-    (lambda x: x[:, 1:], "one size"), (lambda x: 2 * x - 1, r"Map \[-1, 1\]"), (lambda x: x[:0], "at least one slice"),
-    (lambda x: np.where(x > .5, np.nan, x), "not finite"), (lambda x: (99 * x).astype(int), "uint8 or floating"), (lambda x: x[:1], "at least 2")])
-@pytest.mark.parametrize("side", [0, 1])
-def test_sets_that_cannot_be_compared_are_refused(side, spoil, message):
-    sets = [rng(0).random((6, 8, 8)), rng(1).random((6, 8, 8))]
-    sets[side] = spoil(sets[side])
-    with pytest.raises(CTDiffusionError, match=message): distance(*sets, Means())
-
 # ------------------------------------------------------------------------------------------------------- the cache
 
 def test_the_cache_is_used_and_never_for_something_else(tmp_path):
@@ -210,39 +178,6 @@ def test_fid_gives_the_network_bytes_in_three_equal_channels(network):
     assert [b.shape for b in network.batches] == [(4, 3, 8, 10), (2, 3, 8, 10)] and f.shape == (6, 5)
     for b in network.batches: assert b.dtype == torch.uint8 and torch.equal(b[:, 0], b[:, 1]) and torch.equal(b[:, 0], b[:, 2])
     np.testing.assert_array_equal(torch.cat(network.batches)[:, 0].numpy(), to_bytes(x))
-
-def test_only_inception_is_called_fid(network):
-    x = rng().random((6, 8, 8))
-    protocol = distance(x, x[::-1], Inception(network.weights)).protocol
-    assert protocol.startswith("FID; ") and "torch-fidelity 0.0.test" in protocol and page.INCEPTION_SHA256[:16] in protocol
-    named = Means()
-    named.name = Inception.name
-    assert distance(x, x, named).protocol.startswith("Fréchet distance, not FID")
-
-@pytest.mark.parametrize("content, message", [(None, "no file"), (b"", "damaged or another"), (b"other weights", "damaged or another")])
-def test_missing_or_damaged_weights_are_refused(network, content, message):
-    network.weights.unlink()
-    if content is not None: network.weights.write_bytes(content)
-    with pytest.raises(CTDiffusionError, match=message) as refused: Inception(network.weights)
-    for part in (str(network.weights), page.INCEPTION_SHA256, page.INCEPTION_URL): assert part in str(refused.value)
-
-@pytest.mark.parametrize("failure", [ConnectionError("no route"), ValueError("hash of downloaded file differs")])
-def test_without_a_download_the_message_says_what_to_put_where(network, monkeypatch, tmp_path, failure):
-    def retrieve(*args): raise failure
-    monkeypatch.setattr(page.pooch, "retrieve", retrieve)
-    monkeypatch.setattr(page.torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    with pytest.raises(CTDiffusionError) as refused: inception_file()
-    target = tmp_path / "hub" / "checkpoints" / "weights-inception-2015-12-05-6726825d.pth"
-    for part in (str(target), page.INCEPTION_SHA256, page.INCEPTION_URL, "weights=PATH"): assert part in str(refused.value)
-
-def test_the_download_is_pinned_by_the_whole_hash(network, monkeypatch, tmp_path):
-    def retrieve(url, known_hash, fname, path):
-        assert (url, known_hash) == (page.INCEPTION_URL, f"sha256:{page.INCEPTION_SHA256}")
-        Path(path).mkdir(parents=True)
-        (Path(path) / fname).write_bytes(b"weights")
-    monkeypatch.setattr(page.pooch, "retrieve", retrieve)
-    monkeypatch.setattr(page.torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
-    assert inception_file().read_bytes() == b"weights"
 
 def test_without_torch_fidelity_the_message_says_how_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "torch_fidelity", None)

@@ -103,13 +103,13 @@ def test_an_evaluation_is_done_with_its_parameters_only(tiny):
     assert state(task(root=str(moved))) == "done"
 
 
-def test_somebody_elses_run_stops_only_what_needs_it(tiny):
+def test_somebody_elses_run_stops_only_what_needs_it(tiny, root):
     task = named(plan(tiny), "train-pix2pix-s0")
     (task.run).mkdir(parents=True)
     (task.run / "run.json").write_text(json.dumps(dict(seed=7)))
     (tiny.folder / "store").mkdir()
     (tiny.folder / "store" / "manifest.json").write_text(json.dumps(dict(hash="0")))
-    ended = launch.run_tasks(plan(tiny), 1, lambda line: None, tiny.folder)
+    ended = launch.run_tasks(plan(tiny), 1, lambda line: None, root / "nbs")
     assert list(ended.values()) == ["done", "another run: seed=7 (planned 0)", "not begun: train-pix2pix-s0 is not done"]
     with pytest.raises(CTDiffusionError, match="another run"): launch.insist(ended, tiny)
 
@@ -157,7 +157,8 @@ def nbs(root, tmp_path):
     for name in ("prepare", "reproduce"): shutil.copy(root / "nbs" / f"{name}.ipynb", there)
     tasks = plan(ReproduceJob())
     for kind, work in dict(train=TRAIN, evaluate=EVALUATE).items():
-        head = "\n".join(f"{k} = {v!r}" for k, v in next(t for t in tasks if t.kind == kind).parameters.items())
+        declared = {k: v for t in reversed(tasks) if t.kind == kind for k, v in t.parameters.items()}
+        head = "\n".join(f"{k}: {type(v).__name__} = {v!r}" for k, v in declared.items())
         nb = new_notebook(cells=[new_code_cell(head, metadata=dict(tags=["parameters"])), new_code_cell(work)], metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))
         nbformat.write(nb, there / f"{kind}.ipynb")
     return there
@@ -219,11 +220,6 @@ def test_a_dry_run_prints_the_plan_and_does_nothing(nbs, tmp_path):
     done = reproduce(nbs, tmp_path / "dry.ipynb", "-p", "dry_run", "True", "-p", "root", tmp_path / "root")
     page = (tmp_path / "dry.ipynb").read_text()
     assert done.returncode == 0 and "evaluate-oasis-s0" in page and "15 of 15" in page and not (tmp_path / "root").exists()
-
-
-def test_a_misspelt_parameter_is_refused(nbs, tmp_path):
-    done = reproduce(nbs, tmp_path / "no.ipynb", "-p", "variant", "mask")
-    assert done.returncode != 0 and "did you mean variants" in done.stderr
 
 
 # ---------------------------------------------------------------------------------------------- a scheduler of our own

@@ -12,12 +12,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from ctdiffusion.data.labels import AMOS, ClassTable, CTDiffusionError, LabelClass
+from ctdiffusion.data.labels import AMOS, CTDiffusionError
 from ctdiffusion.data.phantom import phantom, save_patient
 from ctdiffusion.data.slices import axial, resize_labels
 from ctdiffusion.data.volumes import read_image, read_labels, sha256_file, write_volume
 from ctdiffusion.evaluation import judge as module
-from ctdiffusion.evaluation.judge import (MODES, Command, TotalSegmentator, by_name, doctor, judge_volume, segment,
+from ctdiffusion.evaluation.judge import (MODES, Command, TotalSegmentator, doctor, judge_volume, segment,
                                           square_grid, write_ceiling, write_masks, write_slices)
 from ctdiffusion.synthesis.synthesis import sidecar
 
@@ -132,29 +132,6 @@ def test_command_words_are_never_a_shell(ct, tmp_path):
     judge = Command("copy", "c", (sys.executable, "-c", copy, str(labels), "{out}", "$(touch marker); {other}"))
     found = read_labels(judge_volume(judge, ct, tmp_path / "out dir.nii.gz"))
     assert (found.data == phantom(0, 40).labels).all() and not list(tmp_path.glob("marker"))
-
-
-# ------------------------------------------------------------------------------------------------- names, not numbers
-
-def test_by_name_knows_every_organ_and_drops_the_rest():
-    ids = np.array([0, *V2])
-    ours = by_name(ids, V2)
-    assert ours.dtype == np.uint8 and ours[0] == 0 and ours[-1] == 0
-    assert {V2[i]: AMOS.classes[o].ts_v2 for i, o in zip(ids[1:-1], ours[1:-1])} == {c.ts_v2: c.ts_v2 for c in AMOS.organs}
-    other = {i + 30: n for i, n in V2.items()}
-    assert (by_name(ids[1:] + 30, other) == ours[1:]).all(), "numbers do not matter"
-
-
-def test_missing_and_unknown_classes_are_refused():
-    without = {i: n for i, n in V2.items() if n != "aorta"}
-    with pytest.raises(CTDiffusionError, match="no class called aorta"): by_name(np.zeros(1, int), without)
-    for strange in (-1, 118, 300):
-        with pytest.raises(CTDiffusionError, match="without a name"): by_name(np.array([0, strange]), V2)
-    mine = ClassTable("mine", (LabelClass(0, "background", (0, 0, 0)), LabelClass(1, "spleen", (1, 1, 1))))
-    with pytest.raises(CTDiffusionError, match="empty column ts_v2"): by_name(np.array([1]), V2, table=mine)
-    assert by_name(np.array([22]), V2) == AMOS.id("prostate_uterus")
-    assert by_name(np.array([22]), without | {52: "aorta"}) == 15
-    assert by_name(np.array([1]), {1: "spleen", **{k: n for k, n in V2.items() if n not in ("spleen", "prostate")}}, key="ts_v1") == 1
 
 
 # ------------------------------------------------------------------------------------------------- the 256 x 256 grid

@@ -1,5 +1,5 @@
 """nbs/train.ipynb as people run it: through papermill, with a small number of steps."""
-import json, os, subprocess, sys
+import json, os
 from pathlib import Path
 
 import nibabel as nib
@@ -45,15 +45,3 @@ def test_real_ct(root, tmp_path):
     assert ct.shape == image.shape == (122, 101, 112) and np.allclose(ct.affine, image.affine)
     hu = np.asanyarray(ct.dataobj)
     assert hu.dtype == np.int16 and hu.min() == -1000 and hu.max() <= 240
-
-
-@pytest.mark.parametrize("given, words", [
-    (["-p", "stepz", "10"], "did you mean max_steps"),
-    (["-p", "variant", "maks"], "mask"),
-    (["-p", "max_steps", "many"], "whole number"),
-])
-def test_a_wrong_parameter_stops_in_the_first_cell(root, tmp_path, given, words):
-    command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(root / "nbs" / "train.ipynb"), str(tmp_path / "out.ipynb"), "-p", "run_dir", str(tmp_path / "run"), *given]
-    ended = subprocess.run(command, cwd=tmp_path, stdin=subprocess.DEVNULL, capture_output=True, text=True)
-    assert ended.returncode != 0 and words in ended.stderr and "CTDiffusionError" in ended.stderr
-    assert not (tmp_path / "run").exists()

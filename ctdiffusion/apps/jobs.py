@@ -55,7 +55,7 @@ class ReproduceJob(Job):
     def __post_init__(self):
         one_of(self.preset, SIZES, "preset"); one_of(self.where, WHERE, "where"); one_of(self.spent, BUDGETS if self.preset == "demo" else ["full"], "budget")
         for v in self.methods: one_of(v, VARIANTS, "variants")
-        self.at_least(seeds=1)
+        self.within(seeds=1)
         if self.preset == "paper" and not self.data_root:
             raise CTDiffusionError("data_root", "nothing", "the folder of AMOS22", "Pass -p data_root PATH (data_instructions.md says where to get it), or take the preset demo or small.")
 

@@ -41,13 +41,13 @@ _COLUMNS = [f.name for f in fields(Problem)]
 def problems_table(problems: Collection[Problem]) -> str:
     "All problems of a run as a markdown table, errors first."
     if not problems: return "No problems found."
-    clean = lambda s: re.sub(r"[\x00-\x1f]+", " ", str(s)).replace("|", "\\|").replace("<", "&lt;")
+    clean = lambda s: re.sub(r"([\\|\[\]])", r"\\\1", re.sub(r"[\x00-\x1f]+", " ", str(s))).replace("<", "&lt;")  # no row, column, link or tag of its own
     rows = sorted(map(astuple, problems), key=lambda r: (r[-1] != "error", r))
     return "\n".join("| " + " | ".join(map(clean, r)) + " |" for r in [_COLUMNS, ["---"] * len(_COLUMNS), *rows])
 
 def write_problems(path: str | Path, problems: Collection[Problem]) -> Path:
     "The same rows as CSV."
-    safe = lambda s: "'" + s if s[:1] in ("=", "+", "-", "@", "\t", "\r") else s
+    safe = lambda s: "'" + s if s[:1] in tuple("=+-@\t\r＝＋－＠") else s
     out = io.StringIO(newline="")
     csv.writer(out).writerows([_COLUMNS, *(map(safe, astuple(p)) for p in problems)])
     return atomic_write(path, out.getvalue())

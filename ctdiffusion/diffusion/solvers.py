@@ -89,7 +89,7 @@ SOLVERS = {"": sample_ancestral, "ddim": sample_ddim, "dpm": sample_dpm, "sde": 
 
 def _words(sampler: str) -> tuple[str, str, str]:
     "Solver, count and grid of a name."
-    name = re.fullmatch(r"(ddim|dpm|sde|)([\d,]+)(?:-(time|logsnr))?", sampler)
+    name = re.fullmatch(r"(ddim|dpm|sde|)(\d{1,6}(?:,\d{1,6})*)(?:-(time|logsnr))?", sampler)
     if not name: raise CTDiffusionError(f"sampler {sampler!r}", "no such sampler", "'ancestral', '250', '10,15,25', 'ddim50', 'dpm15' or 'sde15', also with -logsnr or -time", "Correct the name.")
     return name[1], name[2], name[3] or ("logsnr" if name[1] in ("dpm", "sde") else "time")
 

@@ -62,7 +62,7 @@ class EvaluateJob(Job):
     def __post_init__(self):
         one_of(self.judge, JUDGES, "judge"); one_of(self.judge_mode, MODES, "judge_mode")
         if self.sampler: parse_sampler(self.sampler, make_schedule())
-        self.at_least(batch=1)
+        self.within(batch=1)
 
     def folder(self, kind: str) -> Path:  # "data_root", "store" or "shared"
         "As given, or below the run."

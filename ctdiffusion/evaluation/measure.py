@@ -7,7 +7,7 @@ __all__ = ['Patient', 'grid_of', 'patients', 'kept_steps', 'check_model', 'synth
            'distance_name', 'measure', 'training_hours', 'preset_of', 'machine', 'document', 'keep_slices', 'evaluate']
 
 # %% ../../nbs/56_measure.ipynb #f4b067ff
-import hashlib, io, json, os, platform, re, shutil, time
+import hashlib, io, json, os, platform, re, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -27,7 +27,7 @@ from .quality import bootstrap, dice, hu_errors, psnr, ssim, to_bytes
 from .results import FORMAT, mean_dice, milestone, read_results, write_results
 from ..models.variants import PRESETS, VARIANTS, ModelConfig, preset
 from ..synthesis.gallery import air_noise
-from ..synthesis.synthesis import Model, finished, load, pieces, sidecar
+from ..synthesis.synthesis import Model, load, once, pieces, sidecar
 from ..training.folder import environment, read_run
 from ..training.runs import latest_checkpoint
 
@@ -94,14 +94,12 @@ def synthesize_patient(
     "All slices of a patient; what is finished is found again, to the batch."
     out, masks = Path(folder) / f"{patient.id}.npy", hashlib.sha256(np.ascontiguousarray(patient.masks)).hexdigest()
     job = dict(weights=model.sha256, masks=masks, seed=seed, sampler=sampler or model.sampler, case=patient.id, batch=batch)
-    if not finished(out, job):
-        start, parts, file = time.monotonic(), out.with_name(f".{out.name}.{hashlib.sha256(json.dumps(job).encode()).hexdigest()[:12]}"), io.BytesIO()
+    def make(parts: Path) -> dict:
+        start, file = time.monotonic(), io.BytesIO()
         np.save(file, to_bytes(pieces(model, patient.masks, job, parts, say)))
-        atomic_write(out, file.getvalue())
-        about = dict(seconds=time.monotonic() - start, threads=torch.get_num_threads(), device=str(model.device))
-        atomic_write(sidecar(out), json.dumps(dict(job=job, sha256=sha256_file(out)) | about))
-        shutil.rmtree(parts)
-    return np.load(out)
+        atomic_write(parts / out.name, file.getvalue())
+        return dict(seconds=time.monotonic() - start, threads=torch.get_num_threads(), device=str(model.device))
+    return np.load(once(out, job, make))
 
 # %% ../../nbs/56_measure.ipynb #f4380871
 def judge_patient(

@@ -171,7 +171,7 @@ class SynthesizeJob(Job):
     threads: int = 0         # 0: torch's choice
     processes: int = 0       # 0, 1: this process alone
 
-    def __post_init__(self): self.at_least(batch=1)
+    def __post_init__(self): self.within(batch=1)
 
     def volumes(self) -> list[dict]:
         "What `synthesize` is to be told of each volume."
