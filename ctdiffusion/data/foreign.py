@@ -74,8 +74,10 @@ def parse_json(
 # %% ../../nbs/01_foreign.ipynb #62ae4630
 def _size(path: Path, do: str = _AGAIN) -> int:
     "Bytes of a plain file, or the error that there is none."
-    if path.is_file(): return path.stat().st_size
-    raise CTDiffusionError(path, "no file" if not path.exists() else "no plain file", "a file", do)
+    try: about = path.stat()
+    except (OSError, ValueError) as e: raise CTDiffusionError(path, f"no file ({getattr(e, 'strerror', None) or e})", "a file", do) from None  # a name too long, or with a zero byte
+    if stat.S_ISREG(about.st_mode): return about.st_size
+    raise CTDiffusionError(path, "no plain file", "a file", do)
 
 def read_json(
     path: str | Path,

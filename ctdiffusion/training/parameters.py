@@ -7,7 +7,7 @@ __all__ = ['coerce', 'check_parameters', 'given_names', 'check_inserted', 'guard
            'parameters_cell']
 
 # %% ../../nbs/35_parameters.ipynb #c9c29ebd
-import ast, builtins, json, math, os
+import ast, builtins, math, os
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from difflib import SequenceMatcher
