@@ -51,7 +51,7 @@ def training(job: TrainJob, store: Store) -> dict:
     start, p = beginning(job)
     weights = {"scratch": lambda: "scratch", "embedded": lambda: exported(f"{job.variant}-{job.preset}")[1]}.get(start, lambda: start)()
     grid = sample_grid(p.model, store.labels[every(looked_at(store))], p.train.sampler, job.seed, job.table())
-    return dict(model=p.model, config=p.train, store=store, run_dir=job.folder(), seed=job.seed, init=weights, device=job.device, grid=grid)
+    return dict(model=p.model, config=p.train, store=store, run_dir=job.folder(), seed=job.seed, init=weights, device=job.device, grid=grid, steal_lock=job.steal_lock)
 
 # %% ../../nbs/42_processes.ipynb #7ec7bbd3
 def depart(run: Path, grace: float = 120) -> None:
