@@ -93,7 +93,7 @@ def soak(name: str, what: Training | Volumes, kills: int, folder: Path, seed: in
     start, whole = time.monotonic(), folder / f"{name} undisturbed"
     if life(lambda: what.work(whole), 600): sys.exit(f"{name}: the undisturbed work failed")
     expected, seconds = tree(whole), time.monotonic() - start
-    longest = max(0.5, 5 * seconds / what.total * (SAVE_EVERY if what.unit == "steps" else 1))
+    longest = max(0.5, 4 * seconds / what.total * (SAVE_EVERY if what.unit == "steps" else 1))
     row = dict(unit=what.unit, work=what.total, kills=0, repeats=0, made=0, lost=0, most_lost=0, allowed=what.allowed, damaged=0, torn=0, differ=0, missing=0, left=0)
     while row["kills"] < kills:
         where, before = folder / f"{name} {row['repeats']}", [0]
@@ -116,7 +116,7 @@ def soak(name: str, what: Training | Volumes, kills: int, folder: Path, seed: in
 def subjects(folder: Path) -> dict[str, Training | Volumes]:
     "What is killed."
     store = prepare(make_dataset(folder / "data", 2, 2, size=40), folder / "store", PrepareConfig(32))
-    few = TrainConfig(batch=4, lr=1e-3, max_steps=400, ema=0.9, grad_clip=1.0, log_every=5, grid_every=100, milestones=(20,), sampler="ddim5")
+    few = TrainConfig(batch=4, lr=1e-3, max_steps=300, ema=0.9, grad_clip=1.0, log_every=5, grid_every=100, milestones=(20,), sampler="ddim5")
     diffusion = replace(preset("mask", "demo").model, size=32, channels=8, mult=(1, 2, 2), groups=4, attention=(8,), encoder_channels=4, dropout=0.1)
     gan = replace(preset("oasis", "demo").model, size=32, channels=4, widest=2, doublings=3, hidden=4, noise_size=3, judge_channels=4, judge_halvings=2)
     labels = {}
@@ -124,7 +124,7 @@ def subjects(folder: Path) -> dict[str, Training | Volumes]:
         full = complete_labels(*(folder / "data" / case[k]["path"] for k in ("label", "image")))
         (folder / "labels").mkdir(exist_ok=True)
         labels[write_volume(folder / "labels" / f"{case['id']}.nii.gz", full.data, full.source, np.uint8, "label map")] = case["slices"]
-    return {"diffusion model": Training(diffusion, few, store), "GAN": Training(gan, replace(few, max_steps=200, grad_clip=None), store), "volumes": Volumes(labels, "mask-demo")}
+    return {"diffusion model": Training(diffusion, few, store), "GAN": Training(gan, replace(few, max_steps=150, grad_clip=None), store), "volumes": Volumes(labels, "mask-demo")}
 
 
 def main() -> None:
