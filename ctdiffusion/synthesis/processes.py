@@ -205,6 +205,8 @@ def main(words: Sequence[str]) -> None:
     if what == "synthesize": synthesize_job(job); return
     if job.threads: torch.set_num_threads(job.threads)
     train_job(job, open_store(job.store or job.folder() / "store"))
-    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group(); sys.stdout.flush(); sys.stderr.flush()
+        os._exit(0)  # all is written: threads of the group must not abort a Python that takes itself apart
 
 if __name__ == "__main__" and "__file__" in globals(): main(sys.argv[1:])
