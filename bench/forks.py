@@ -8,19 +8,24 @@ import traceback
 from collections.abc import Callable
 
 
-def forked(work: Callable[[], object]) -> int:
-    "The process number of a child that does `work` and leaves with 0, or with 1 and a traceback."
+def forked(work: Callable[[], object], patience: int = 0) -> int:
+    "The process number of a child that does `work` and leaves with 0, or with 1 and a traceback; SIGALRM ends it after so many seconds."
     sys.stdout.flush(); sys.stderr.flush()
     if pid := os.fork(): return pid
     code = 1
-    try: work(); code = 0
+    try: signal.alarm(patience); work(); code = 0
     except BaseException: traceback.print_exc()
-    finally: sys.stderr.flush(); os._exit(code)
+    finally: sys.stdout.flush(); sys.stderr.flush(); os._exit(code)
 
 
 def ended(pid: int) -> int:
     "Exit code of a child; minus the signal that ended it."
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def life(work: Callable[[], object], patience: int = 60) -> int:
+    "Exit code of a child that does `work`."
+    return ended(forked(work, patience))
 
 
 def killed_at_random(work: Callable[[], object], kills: int, longest: float, seed: int = 0, between: Callable[[], object] = lambda: None) -> int:

@@ -1,46 +1,18 @@
-"""Generator and judge in the trainer: killed and resumed, several processes, and what is saved of them."""
+"""Generator and judge in the trainer: several processes, and what is saved of them."""
 import functools, json
 from dataclasses import replace
 
-import numpy as np
 import pytest
 import torch
+from little_runs import GANS, WIDE, game, play, silent, small, torchrun
+from little_runs import one_thread  # noqa: F401, equal bytes need it
 
 from ctdiffusion.data.labels import CTDiffusionError
-from ctdiffusion.data.volumes import sha256_file
 from ctdiffusion.models.pix2pix import Adversarial
-from ctdiffusion.models.variants import VARIANTS, TrainConfig, build, preset
+from ctdiffusion.models.variants import VARIANTS, build
 from ctdiffusion.synthesis.synthesis import export, exported, load, synthesize_slices
 from ctdiffusion.training.runs import latest_checkpoint, read_checkpoint, read_metrics
 from ctdiffusion.training.state import Contest
-from ctdiffusion.training.step import sample_grid
-from ctdiffusion.training.trainer import train
-from test_runs import forked, silent
-from test_trainer import Slices, one_thread, torchrun  # one_thread: equal bytes need it here, too
-
-STORE = Slices()  # twice as large: a judge of patches needs some
-STORE.labels, STORE.images = (np.kron(a, np.ones((1, 2, 2), np.uint8)) for a in (STORE.labels, STORE.images))
-
-GANS = [v for v in VARIANTS if VARIANTS[v].family == "gan"]
-CONFIG = TrainConfig(batch=4, lr=1e-3, warmup=0, max_steps=12, ema=0.0, log_every=5, grid_every=6, milestones=(4,), sampler="ddim5")
-
-
-def small(variant):
-    "The demo network of a GAN for slices of 32 pixels."
-    return replace(preset(variant, "demo").model, size=32, channels=4, widest=2, doublings=3, hidden=4, noise_size=3, judge_channels=4, judge_halvings=2)
-
-
-def config(variant): return replace(CONFIG, ema=0.9 if variant == "oasis" else 0.0)
-
-
-def run(where, variant, **options):
-    c = replace(config(variant), **{k: options.pop(k) for k in ("max_steps",) if k in options})
-    options = dict(say=None, val_every=5, device="cpu", grid=sample_grid(small(variant), STORE.labels[30:33])) | options
-    return train(small(variant), c, STORE, where, **options)
-
-
-def fingerprint(where):
-    return {f: sha256_file(where / f) for f in ("checkpoints/step_00000012.safetensors", "checkpoints/step_00000004.safetensors", "metrics.csv", "samples/step_00000012.png", "samples/step_00000006.png")}
 
 
 @pytest.fixture(scope="module", params=GANS)
@@ -50,35 +22,25 @@ def variant(request): return request.param
 @pytest.fixture(scope="module")
 def whole(variant, tmp_path_factory):
     where = tmp_path_factory.mktemp(variant)
-    assert run(where, variant).done
+    assert play(where, variant).done
     return where
-
-
-@pytest.mark.parametrize("crash, save_every", [("step@5", 3), ("renamed@6", 2), ("sidecar@9", 3)])
-def test_killed_and_continued_ends_with_the_same_bytes(variant, whole, tmp_path, monkeypatch, crash, save_every):
-    "SIGKILL in the middle of a step or of a save; spectral vectors, batch statistics, both Adams and the average come back."
-    monkeypatch.setenv("CRASH_AT", crash)
-    assert forked(lambda: run(tmp_path, variant, save_every=save_every)) == -9
-    monkeypatch.delenv("CRASH_AT")
-    assert run(tmp_path, variant, save_every=save_every).done
-    assert fingerprint(tmp_path) == fingerprint(whole)
 
 
 def test_checkpoint_knows_both_players(variant, whole):
     c = read_checkpoint(latest_checkpoint(whole, silent))
-    game = build(small(variant), training=True)
-    assert isinstance(game, Adversarial) and set(c["model"]) == set(game.state_dict())
-    assert set(c["optim"]["exp_avg"]) == {k for k, _ in game.named_parameters()}
-    assert set(c["ema"]) == set(game.net.state_dict())
-    same = all(torch.equal(c["ema"][k], c["model"][f"net.{k}"]) for k, _ in game.net.named_parameters())
+    players = build(small(variant), training=True)
+    assert isinstance(players, Adversarial) and set(c["model"]) == set(players.state_dict())
+    assert set(c["optim"]["exp_avg"]) == {k for k, _ in players.named_parameters()}
+    assert set(c["ema"]) == set(players.net.state_dict())
+    same = all(torch.equal(c["ema"][k], c["model"][f"net.{k}"]) for k, _ in players.net.named_parameters())
     assert same is (variant != "oasis")  # only OASIS averages
 
 
 def test_what_is_saved_of_an_average_has_statistics_of_its_own(tmp_path):
     "In the middle of a run, too: batch statistics that were measured with the averaged weights, not averaged or copied."
-    run(tmp_path, "oasis", max_steps=9, save_every=5)
+    play(tmp_path, "oasis", max_steps=9, save_every=5)
     path = tmp_path / "checkpoints/step_00000005.safetensors"
-    saved, state = read_checkpoint(path), Contest(small("oasis"), config("oasis"), STORE, device="cpu")
+    saved, state = read_checkpoint(path), Contest(small("oasis"), game("oasis"), WIDE, device="cpu")
     state.restore(saved, path)
     state.settled = None; state.settle()
     names = [k for k in saved["ema"] if "running_var" in k]
@@ -98,17 +60,17 @@ def test_exported_weights_load_and_train_on(variant, whole, tmp_path):
     folder = export(whole, tmp_path / "weights")
     run_json, weights = exported(folder)
     assert set(weights) == set(build(small(variant), training=True).state_dict()) and run_json["variant"] == variant
-    x = synthesize_slices(load(folder, "cpu"), STORE.labels[30:34], batch=4)
-    alone = synthesize_slices(load(folder, "cpu"), STORE.labels[31:32], rows=[1], batch=4)
+    x = synthesize_slices(load(folder, "cpu"), WIDE.labels[30:34], batch=4)
+    alone = synthesize_slices(load(folder, "cpu"), WIDE.labels[31:32], rows=[1], batch=4)
     assert x.shape == (4, 32, 32) and 0 <= x.min() and x.max() <= 1 and abs(x[1] - alone[0]).max() <= 1.01 / 255
-    assert run(tmp_path / "on", variant, init=weights, max_steps=2).done
+    assert play(tmp_path / "on", variant, init=weights, max_steps=2).done
     assert json.loads((tmp_path / "on/run.json").read_text())["init"].startswith("weights ")
-    assert run(tmp_path / "from run", variant, init=whole, max_steps=2).done
+    assert play(tmp_path / "from run", variant, init=whole, max_steps=2).done
 
 
 def test_each_player_pays_for_itself(variant):
     "A move changes the mover's parameters, all of them, and nobody else's."
-    state = Contest(small(variant), config(variant), STORE, device="cpu")
+    state = Contest(small(variant), game(variant), WIDE, device="cpu")
     x0, mask = state.slices()
     noise = state.gaussian(len(x0), state.net.noise_size) if state.net.noise_size else None
     for who, other in (("net", "judge"), ("judge", "net")):
@@ -119,16 +81,17 @@ def test_each_player_pays_for_itself(variant):
 
 
 def test_diffusion_weights_are_no_start_for_a_gan(variant, tmp_path):
-    with pytest.raises(CTDiffusionError, match="another network"): run(tmp_path, variant, init=build(replace(small(variant), variant="mask", mult=(1, 2), groups=4, attention=())).state_dict())
+    with pytest.raises(CTDiffusionError, match="another network"): play(tmp_path, variant, init=build(replace(small(variant), variant="mask", mult=(1, 2), groups=4, attention=())).state_dict())
 
 
 def test_two_processes_have_one_set_of_weights(tmp_path):
     "Gradients are averaged and statistics shared: both processes end with the same bytes."
     program = """
 import torch
-from test_contest import CONFIG, STORE, Contest, config, small
+from little_runs import WIDE, game, small
+from ctdiffusion.training.state import Contest
 from ctdiffusion.training.step import weights_hash
-state = Contest(small("oasis"), config("oasis"), STORE, device="cpu")
+state = Contest(small("oasis"), game("oasis"), WIDE, device="cpu")
 for _ in range(3): state.train_step()
 mine, other = [weights_hash({k: v for k, v in state.whole.state_dict().items()})], [None, None]
 torch.distributed.all_gather_object(other, mine[0])
@@ -142,8 +105,8 @@ import os; os._exit(0)  # gloo's threads can abort a Python that takes itself ap
 
 def test_a_loss_term_does_not_come_or_go_when_a_run_goes_on(tmp_path, monkeypatch):
     "What a method notes of itself (SPADE: with or without VGG) belongs to the run's identity."
-    run(tmp_path, "spade", max_steps=2)
+    play(tmp_path, "spade", max_steps=2)
     real = VARIANTS["spade"].contest.__init__
     def noted(self, *args, **kwargs): real(self, *args, **kwargs); self.notes["vgg"] = "another"
     monkeypatch.setattr(VARIANTS["spade"].contest, "__init__", functools.wraps(real)(noted))
-    with pytest.raises(CTDiffusionError, match="notes.vgg='off, as asked' .now 'another'"): run(tmp_path, "spade", max_steps=4)
+    with pytest.raises(CTDiffusionError, match="notes.vgg='off, as asked' .now 'another'"): play(tmp_path, "spade", max_steps=4)

@@ -177,27 +177,6 @@ def alive(pid):
     except OSError: return False
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_killed_in_the_middle_it_saves_leaves_and_continues(nbs, tmp_path, how):
-    there = tmp_path / "a root"
-    (there / "store").mkdir(parents=True)
-    (there / "store" / "manifest.json").write_text(json.dumps(dict(hash="0")))  # prepared
-    again = "from ctdiffusion.apps.jobs import ReproduceJob, plan\nfrom ctdiffusion.apps.launch import run_tasks\nimport sys\nfrom pathlib import Path\n" \
-            "tasks = [t for t in plan(ReproduceJob(root=sys.argv[1], variants='mask', workers=1)) if t.kind != 'evaluate']\nprint(run_tasks(tasks, 1, nbs=Path(sys.argv[2])))"
-    command, run = [sys.executable, "-c", again, str(there), str(nbs)], there / "mask-s0"
-    parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until(lambda: (run / "lock").exists() and (run / "pid").exists() and (run / "pid").read_text())
-    kernel = int((run / "pid").read_text())
-    parent.send_signal(how)
-    assert parent.wait(30) != 0
-    until(lambda: not alive(kernel), 20)  # no orphan goes on training
-    assert (run / "STOP").exists() and not (run / "lock").exists() and not (run / "DONE").exists()
-    saved = int((run / "checkpoint").read_text())
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert "'train-mask-s0': 'done'" in done.stdout and "train-mask-s0: goes on" in done.stdout, done.stdout + done.stderr
-    assert 0 < saved < 600 and (run / "begun").read_text().split() == ["0", str(saved)] and not (run / "STOP").exists()
-
-
 def reproduce(nbs, page, *given):
     command = [sys.executable, "-m", "papermill", "--no-progress-bar", str(nbs / "reproduce.ipynb"), str(page), *map(str, given)]
     return subprocess.run(command, cwd=nbs.parent, stdin=subprocess.DEVNULL, capture_output=True, text=True)
@@ -269,16 +248,6 @@ def cluster(root, tmp_path):
         return batch.returncode, said, calls.read_text() if calls.exists() else ""
     submit.root, submit.argv = job.folder, lambda: (tmp_path / "calls.argv").read_text().splitlines()
     return submit
-
-
-@pytest.mark.parametrize("s", [signal.SIGUSR1, signal.SIGTERM])
-def test_before_its_time_is_up_a_training_stops_saves_and_is_queued_again(cluster, s):
-    run = cluster.root / "mask-s0"
-    code, said, calls = cluster("train.sbatch", cluster.root, mode="stop", signals=[s])
-    assert code == 0 and "goes on later" in said and "scontrol requeue 4711" in calls
-    assert (run / "STOP").exists() and (run / "saved").exists() and not (run / "lock").exists()
-    code, said, calls = cluster("train.sbatch", cluster.root)  # the second start
-    assert code == 0 and "train-mask-s0 is done" in said and (run / "DONE").exists() and calls.count("requeue") == 1
 
 
 def test_a_training_that_fails_or_ends_early_is_not_queued_again(cluster):

@@ -46,19 +46,6 @@ def labels(data):
     return SynthesizeJob(labels=str(folder / "labels"), model="pix2pix-demo", device="cpu", threads=1)
 
 
-def test_a_lost_process_leaves_its_volumes_to_the_next_call(labels, tmp_path):
-    "SIGKILL before its second volume; what was finished is found, the bytes are those of one process."
-    words = ["synthesize", *as_words(replace(labels, out=str(tmp_path / "two")))]
-    lost = torchrun(*words, CRASH_AT="volume@1#1")
-    names = [v["out"].name for v in replace(labels, out=str(tmp_path)).volumes()]
-    made = {f.name: f.stat().st_mtime_ns for f in (tmp_path / "two").glob("*.nii.gz")}
-    assert lost.returncode != 0 and names[1] in made and names[3] not in made
-    assert torchrun(*words).returncode == 0
-    assert [f.name for f in sorted((tmp_path / "two").glob("*.nii.gz"))] == names and all((tmp_path / "two" / n).stat().st_mtime_ns == t for n, t in made.items())
-    for f in synthesize_job(replace(labels, out=str(tmp_path / "one")), quiet): assert f.read_bytes() == (tmp_path / "two" / f.name).read_bytes()
-    assert sorted(f.name for f in (tmp_path / "two").iterdir()) == sorted(f.name for f in (tmp_path / "one").iterdir())
-
-
 def test_who_is_left_by_its_parent_saves_and_goes(data, tmp_path):
     "SIGKILL of the process that started them: two trainings save, free the folder and are gone; then one goes on."
     folder, store = data

@@ -21,7 +21,7 @@ from ctdiffusion.synthesis.synthesis import load, synthesize_slices
 from ctdiffusion.training.runs import latest_checkpoint, read_checkpoint
 from ctdiffusion.training.trainer import train
 from test_models import awake, inputs
-from test_trainer import STORE
+from little_runs import STORE
 
 SMALL = dict(size=16, channels=8, mult=(1, 2, 2), blocks=1, attention=(8,), hidden=8, groups=4)
 DEMO = dict(size=64, channels=16, mult=(1, 1, 2, 3), blocks=1, attention=(8,), hidden=16, groups=8)

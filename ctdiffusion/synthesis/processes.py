@@ -52,7 +52,7 @@ def training(job: TrainJob, store: Store) -> dict:
     start, p = beginning(job)
     weights = {"scratch": lambda: "scratch", "embedded": lambda: exported(f"{job.variant}-{job.preset}")[1]}.get(start, lambda: start)()
     grid = sample_grid(p.model, store.labels[every(looked_at(store))], p.train.sampler, job.seed, job.table())
-    return dict(model=p.model, config=p.train, store=store, run_dir=job.folder(), seed=job.seed, init=weights, device=job.device, grid=grid)
+    return dict(model=p.model, config=p.train, store=store, run_dir=job.folder(), seed=job.seed, init=weights, device=job.device, grid=grid, steal_lock=job.steal_lock)
 
 # %% ../../nbs/42_processes.ipynb #7ec7bbd3
 def depart(run: Path, grace: float = 120) -> None:
@@ -207,6 +207,8 @@ def main(words: Sequence[str]) -> None:
     if what == "synthesize": synthesize_job(job); return
     if job.threads: torch.set_num_threads(job.threads)
     train_job(job, open_store(job.store or job.folder() / "store", verify=not os.environ.get("CTDIFFUSION_CHILD")))
-    if torch.distributed.is_initialized(): torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group(); sys.stdout.flush(); sys.stderr.flush()
+        os._exit(0)  # all is written: threads of the group must not abort a Python that takes itself apart
 
 if __name__ == "__main__" and "__file__" in globals(): main(sys.argv[1:])

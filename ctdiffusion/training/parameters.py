@@ -186,6 +186,7 @@ class TrainJob(Job):
     device: str = "auto"
     threads: int = 0         # 0: torch's choice
     processes: int = 0       # on this computer; 0, 1: the notebook's own
+    steal_lock: bool = False # take the run folder over from an owner who was silent for long
 
     def __post_init__(self):
         one_of(self.variant, VARIANTS, "variant"); one_of(self.preset, PRESETS, "preset")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'generator', 'batch_rows', 'crash_point', 'write_checkpoint', 'damage', 'read_checkpoint', 'learned_weights',
-           'latest_checkpoint', 'prune', 'cut_metrics', 'add_metrics', 'read_metrics']
+           'latest_checkpoint', 'prune', 'cut_metrics', 'append', 'add_metrics', 'read_metrics']
 
 # %% ../../nbs/30_runs.ipynb #ae6aa9ea
 import hashlib, json, os, signal
@@ -129,28 +129,43 @@ def prune(
     milestones: tuple[int, ...] = (),  # steps whose weights are kept for ever
     keep: int = 2,
 ) -> None:
-    "Delete all but the newest `keep` checkpoints and the milestones."
-    files = sorted((Path(run_dir) / "checkpoints").glob("step_*.safetensors"))
-    for f in files[:-keep]:
-        if int(f.stem[5:]) in milestones: continue
-        f.unlink(); crash_point("prune", int(files[-1].stem[5:])); f.with_suffix(".json").unlink(missing_ok=True)
+    "Delete all but the newest `keep` checkpoints and the milestones; and what is newer than the last save, which was passed over."
+    folder, last = Path(run_dir) / "checkpoints", _pointer(Path(run_dir)) or "~"
+    files = sorted(folder.glob("step_*.safetensors"))
+    past = [f for f in files if f.name <= last]
+    for f in [f for f in past[:-keep] if int(f.stem[5:]) not in milestones] + files[len(past):]:
+        f.unlink(); crash_point("prune", int(past[-1].stem[5:]))
+    for side in folder.glob("step_*.json"):
+        if not side.with_suffix(".safetensors").exists(): side.unlink()
 
 # %% ../../nbs/30_runs.ipynb #93076190
 def cut_metrics(path: str | Path, step: int) -> None:
     "Drop the rows after `step`: they will be made again."
-    path = Path(path)
-    head, *rows = path.read_text().splitlines(keepends=True) if path.exists() else [""]
-    keep = [r for r in rows if r.endswith("\n") and r.split(",")[0].isdigit() and int(r.split(",")[0]) <= step]
-    if rows: atomic_write(path, "".join([head, *keep]))
+    if not Path(path).exists(): return
+    lines = _lines(path)
+    atomic_write(path, "".join(lines[:1] + [r for r in lines[1:] if int(r.split(",")[0]) <= step]))
+
+def _lines(path: str | Path) -> list[str]:
+    "The head and the rows of metrics.csv; a torn line is none."
+    head, *rows = Path(path).read_text(errors="replace").splitlines(keepends=True) or [""]
+    whole = [r for r in rows if r.endswith("\n") and r.count(",") == head.count(",") and r.split(",")[0].isdigit()]
+    return [head, *whole] if head.endswith("\n") else []
+
+def append(path: str | Path, text: str) -> None:
+    "All of the text at the end of a file, or nothing of it."
+    with open(path, "ab", buffering=0) as f:
+        end, left = f.tell(), text.encode()
+        try:
+            while left: left = left[f.write(left):]
+        except OSError: f.truncate(end); raise
 
 def add_metrics(path: str | Path, row: dict) -> None:
     "One line; a column without a value stays empty."
-    with open(path, "a") as f:
-        if f.tell() == 0: f.write(",".join(row) + "\n")
-        f.write(",".join("" if v is None else f"{v:.7g}" for v in row.values()) + "\n")
+    head = "" if os.path.exists(path) and os.path.getsize(path) else ",".join(row) + "\n"
+    append(path, head + ",".join("" if v is None else f"{v:.7g}" for v in row.values()) + "\n")
 
 def read_metrics(run_dir: str | Path) -> dict[str, np.ndarray]:
     "Columns of metrics.csv, NaN where empty."
-    head, *rows = (Path(run_dir) / "metrics.csv").read_text().splitlines()
+    head, *rows = (line.rstrip("\n") for line in _lines(Path(run_dir) / "metrics.csv") or [""])
     cells = np.array([[float(v or "nan") for v in r.split(",")] for r in rows]).reshape(len(rows), head.count(",") + 1)
-    return {name: cells[:, i] for i, name in enumerate(head.split(","))}
+    return {} if not head else {name: cells[:, i] for i, name in enumerate(head.split(","))}

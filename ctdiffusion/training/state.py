@@ -28,7 +28,8 @@ from .step import EMA, Denoiser, fetch, first_weights, held_out, held_out_loss, 
 # %% ../../nbs/33_state.ipynb #00456e75
 class State:
     "A run in memory: networks, average, optimisers and step."
-    terms: tuple[str, ...] = ("loss",)  # columns of metrics.csv; the first is the one to watch
+    terms: tuple[str, ...] = ("loss",)  # columns of metrics.csv; the first is what is descended
+    watched = slice(1)  # of them: those that must be finite
 
     def __init__(self, model: ModelConfig, config: TrainConfig, store: Store, seed: int = 0, init: str | Path | dict = "scratch", device: str = "auto",
                  keep: bool | None = None, compile: str = "auto"):
@@ -44,7 +45,7 @@ class State:
         # weights that were trained before are no random start to run away from
         self.ema = EMA(self.net, config.ema, config.ema_warmup and self.origin == "scratch")
         self.schedule, self.rows, self.step, self.settled, self.window = make_schedule(model.schedule, model.T), store.rows("train"), 0, None, []
-        self.optimizers = self.adams()
+        self.optimizers, self.steep = self.adams(), 0.0  # length of this step's gradients
         self.rates = {who: o.param_groups[0]["lr"] for who, o in self.optimizers.items()}
 
     def compiler(self, asked: str) -> tuple[str | None, str]:
@@ -85,14 +86,15 @@ class State:
 
     def descend(self, who: str) -> None:
         "Gradients are there: clip them, set the rate, let that player's Adam step."
-        optimizer, params = self.optimizers[who], getattr(self.whole, who, self.whole).parameters()
-        if self.config.grad_clip: nn.utils.clip_grad_norm_(params, self.config.grad_clip)
+        optimizer, params = self.optimizers[who], [p for p in getattr(self.whole, who, self.whole).parameters() if p.grad is not None]
+        self.steep = self.steep + (nn.utils.clip_grad_norm_(params, self.config.grad_clip) if self.config.grad_clip else nn.utils.get_total_norm([p.grad for p in params]))
         for group in optimizer.param_groups: group["lr"] = self.rates[who] * self.factor()
         optimizer.step(); optimizer.zero_grad()
 
     def end_step(self, losses: Tensor) -> None:
+        "The losses are kept; where a gradient was not finite, they are not either."
         self.ema.update(self.step)
-        self.window.append(losses.detach()); self.step += 1
+        self.window.append(losses.detach() + 0 * self.steep); self.step += 1; self.steep = 0.0
 
     def settle(self) -> None:
         "What the averaged network needs before it is looked at or saved: nothing, unless it has statistics of its own."
@@ -151,6 +153,7 @@ class Denoising(State):
 # %% ../../nbs/33_state.ipynb #04c7d204
 class Contest(State):
     "A GAN: the players of `Adversarial` move in their order, each with an Adam of its own."
+    watched = slice(None)
     def adams(self) -> dict[str, torch.optim.Optimizer]:
         self.epochs = max(1, round(self.config.max_steps * self.config.batch / len(self.rows)))
         self.watch = held_out(self.store, self.schedule)

@@ -107,6 +107,7 @@ def load_weights(
     differ = [f"{k} {given.get(k, 'missing')} for {own.get(k, 'nothing')}" for k in sorted({*own, *given}) if own.get(k) != given.get(k)]
     if differ: raise CTDiffusionError(path, f"{len(differ)} tensors of another network: {', '.join(differ[:4])}", "weights of this configuration", "Use the ModelConfig they were trained with.")
     if next(net.parameters()).is_meta: net.to_empty(device="cpu")  # every number in it comes from a file: no network has a buffer that is not saved
+    if wild := [k for k, v in weights.items() if not v.isfinite().all()]: raise CTDiffusionError(path, f"weights that are not finite: {', '.join(wild[:4])}", "finite numbers", "Use weights from before they became so: an older checkpoint, or a copy.")
     net.load_state_dict(weights)
 
 def weights_hash(weights: dict[str, Tensor]) -> str:

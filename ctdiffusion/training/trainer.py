@@ -21,7 +21,7 @@ from torch.distributed import TCPStore
 from ..data.labels import CTDiffusionError, atomic_write
 from ..data.store import Store
 from ..models.variants import ModelConfig, TrainConfig
-from .folder import Log, RunLock, Stop, check_space, claim_run, differing, environment, persistent, read_run
+from .folder import Log, RunLock, Stop, check_space, claim_run, differing, environment, in_plain_words, persistent, read_run
 from .runs import add_metrics, batch_rows, crash_point, cut_metrics, latest_checkpoint, prune, read_checkpoint, write_checkpoint
 from .state import State, begin
 from .step import where, write_png
@@ -78,17 +78,18 @@ class Trainer:
     def losses(self) -> Tensor:
         "Those of the window, all of them finite."
         losses = self.state.losses()
-        bad = (~losses[:, 0].isfinite()).nonzero().flatten().tolist()
-        if bad: raise self.not_finite("a loss", self.step - len(losses) + bad[0])
+        bad = (~losses[:, self.state.watched].isfinite().all(1)).nonzero().flatten().tolist()
+        if bad: raise self.not_finite("a loss or gradient", self.step - len(losses) + bad[0])
         return losses
 
     def save(self) -> None:
         "A checkpoint of this step, unless something in it is not finite."
         self.losses(); self.state.settle(); self.saved, groups = time.monotonic(), self.state.groups()
-        if not all(v.isfinite().all() for g in ("model", "ema") for v in groups[g].values()): raise self.not_finite("a weight", self.step - 1)
+        wild = [f"{g}/{k}" for g in groups if g != "window" for k, v in groups[g].items() if not v.isfinite().all()]
+        if wild: raise self.not_finite(f"a weight or moment ({wild[0]})", self.step - 1)
         if self.rank: return
         meta = dict(config=self.hash, **self.identity)
-        persistent(lambda: write_checkpoint(self.run_dir, self.step, groups, meta), self.run_dir)
+        persistent(lambda: write_checkpoint(self.run_dir, self.step, groups, meta), self.run_dir / "checkpoints", sum(v.nbytes for g in groups.values() for v in g.values()))
         prune(self.run_dir, self.config.milestones)
 
     def write_metrics(self) -> None:
@@ -97,7 +98,7 @@ class Trainer:
         s.window = []
         if self.rank: return
         if self.val_every and self.step % self.val_every == 0: value = s.held_out()
-        add_metrics(self.run_dir / "metrics.csv", dict(step=self.step) | terms | dict(lr=s.lr, val_loss=value))
+        persistent(lambda: add_metrics(self.run_dir / "metrics.csv", dict(step=self.step) | terms | dict(lr=s.lr, val_loss=value)), self.run_dir / "metrics.csv")
         now, total, held = time.monotonic(), self.config.max_steps, "" if value is None else f" held-out {value:.4f}"
         if now - self.said < 30 and not held and self.step < total: return
         rate, self.said = (self.step - self.first) / (now - self.start), now
@@ -107,8 +108,10 @@ class Trainer:
         "Samples of the averaged weights."
         if self.grid is None or self.rank: return
         self.state.settle(); self.state.net.eval()
-        with self.state.ema.applied(): write_png(self.run_dir / "samples" / f"step_{self.step:08d}.png", self.grid(self.state.net))
+        with self.state.ema.applied(): drawn = self.grid(self.state.net)
         self.state.net.train()
+        path = self.run_dir / "samples" / f"step_{self.step:08d}.png"
+        persistent(lambda: write_png(path, drawn), path)
 
     def orders(self, stop: Stop) -> tuple[bool, bool]:
         "Leave now? Save now? The first process decides for all."
@@ -201,16 +204,17 @@ def train(
     save_every: int | None = None,  # also save every so many steps
     keep: bool | None = None,       # all slices in the device's memory? None: on a GPU that has room
     compile: str = "auto",          # "off", or a backend of torch.compile; "auto": on a GPU, where it pays
-    steal_lock: bool = False,       # take the folder over from a silent owner on another computer
+    steal_lock: bool = False,       # take the folder over from an owner who was silent for two heartbeats
 ) -> Result:
     "Begin, continue or find finished the run in `run_dir`: the same call does all three."
     run_dir, first = Path(run_dir), where(device)[1] == 0
-    with (RunLock(run_dir, steal_lock) if first else nullcontext()) as lock, Stop(run_dir, config.max_hours) as stop:
+    with in_plain_words(run_dir), (RunLock(run_dir, steal_lock) if first else nullcontext()) as lock, Stop(run_dir, config.max_hours) as stop:
         trainer = Trainer(begin(model, config, store, seed, init, device, keep, compile), run_dir, grid, say, val_every, save_every)
         with Pulse(trainer.rank, trainer.world, trainer.lost):
             trainer.claim(); trainer.resume()
             if (run_dir / "DONE").exists() and trainer.step >= config.max_steps: reason = "done"
             else:
+                if first: (run_dir / "DONE").unlink(missing_ok=True)  # of a shorter run
                 reason = trainer.fit(stop, lock.beat if first else lambda: None)
                 if reason == "done": trainer.picture()
             if first and reason == "done": atomic_write(run_dir / "DONE", f"{trainer.step}\n")
