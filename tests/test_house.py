@@ -249,7 +249,7 @@ ONLY_APPS = {"IPython", "ipywidgets", "papermill", "nbformat", "nbclient"}
 def dangerous(call: ast.Call) -> bool:
     "Does a call run text, a shell or a pickle, unpack without looking, or fetch what is not pinned?"
     called, options = ast.unparse(call.func), {k.arg: ast.unparse(k.value) for k in call.keywords}
-    last, first = called.rpartition(".")[2], ast.unparse(call.args[0]) if call.args else ""
+    last = called.rpartition(".")[2]
     pinned = len(call.args) > 1 and ast.unparse(call.args[1]).startswith(("f'sha256:", "'sha256:"))
     return (called in FORBIDDEN_CALLS or last in ("extractall", "urlopen", "urlretrieve", "load_state_dict_from_url") or options.get("shell", "False") != "False"
             or called.startswith("torch.hub.") and last != "get_dir"  # where downloads are kept

@@ -3,8 +3,6 @@ import json, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 
 import nbformat
-import numpy as np
-import papermill as pm
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
 

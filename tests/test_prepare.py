@@ -1,5 +1,5 @@
 "Folders of patients and the store, and the prepare job. What is wrong with a patient or a folder is in faults/test_a_data.py."
-import json, os, signal, sys
+import os, signal, sys
 from dataclasses import replace
 from pathlib import Path
 import nibabel as nib

@@ -14,7 +14,7 @@ from ctdiffusion.data.volumes import write_volume
 from ctdiffusion.models.oasis import coin_mask
 from ctdiffusion.models.variants import TrainConfig, preset
 from ctdiffusion.synthesis import processes
-from ctdiffusion.synthesis.processes import SynthesizeJob, as_words, read_words, stand_alone, synthesize_job, train_job, training
+from ctdiffusion.synthesis.processes import SynthesizeJob, as_words, read_words, stand_alone, train_job, training
 from ctdiffusion.synthesis.synthesis import complete_labels
 from ctdiffusion.training.parameters import TrainJob
 from ctdiffusion.training.runs import latest_checkpoint, read_checkpoint

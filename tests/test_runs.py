@@ -1,6 +1,5 @@
 "Run folders: draws, files, identity, and how to stop. (Crashes, full disks, flipped bits, second jobs: tests/faults/test_c_training.py.)"
 import hashlib
-import json
 import os
 import signal
 import stat
@@ -11,9 +10,9 @@ import pytest
 import torch
 from little_runs import save
 
-from ctdiffusion.data.labels import CTDiffusionError, atomic_write
-from ctdiffusion.training.folder import RunLock, Stop, claim_run, config_hash
-from ctdiffusion.training.runs import FORMAT, add_metrics, batch_rows, cut_metrics, generator, prune, read_checkpoint, read_metrics, write_checkpoint
+from ctdiffusion.data.labels import atomic_write
+from ctdiffusion.training.folder import RunLock, Stop, claim_run
+from ctdiffusion.training.runs import add_metrics, batch_rows, cut_metrics, generator, prune, read_checkpoint, read_metrics, write_checkpoint
 
 
 def names(run: Path) -> set: return {p.name for p in run.rglob("*") if p.is_file()}

@@ -11,7 +11,7 @@ import papermill as pm
 import pytest
 from ctdiffusion.data.labels import CTDiffusionError
 from ctdiffusion.data.phantom import make_dataset, phantom, save_patient
-from ctdiffusion.data.preparation import PrepareConfig, broken, choose, left_out, read_split, split_pairs, split_rows, write_split
+from ctdiffusion.data.preparation import PrepareConfig, broken, choose, left_out, read_split, split_pairs, write_split
 from ctdiffusion.data.splits import SEEDS, candidates, chance, figures, figures_table, how_many, one_of_them, organs_of, properties, rows_for, verdict, ways_by_sum
 from ctdiffusion.data.store import PrepareError, Store, open_store, prepare
 

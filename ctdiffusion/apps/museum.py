@@ -23,8 +23,8 @@ from torch import Tensor
 from ..data.cases import Problem, as_problem, find_cases, has_error, hu_fault, pair_fault, read_case, side_fault
 from ..data.labels import AMOS, CTDiffusionError
 from ..data.phantom import phantom, save_patient
-from ..data.volumes import check_header, nifti_bytes, read_image, read_labels
-from ..evaluation.report import DASH, markdown_text
+from ..data.volumes import check_header, nifti_bytes, read_labels
+from ..evaluation.report import DASH
 from ..synthesis.synthesis import exported, weights_folder
 
 # %% ../../nbs/62_museum.ipynb #27ee58a2

@@ -27,7 +27,7 @@ from .distance import Features, Inception, RandomConvolutions
 from .judge import MODES, Judge, TotalSegmentator
 from .measure import check_model, evaluate, judge_patient, kept_steps, patients, synthesize_patient
 from .references import REFERENCES, reference
-from .results import COLUMNS, ORGANS, read_results, value
+from .results import COLUMNS, ORGANS, value
 from .segmenter import SegmenterConfig, train_segmenter
 from ..models.variants import one_of
 from ..synthesis.processes import as_words, enough, leave_with_parent, read_words, share, stand_alone, together

@@ -7,7 +7,7 @@ __all__ = ['Patient', 'grid_of', 'patients', 'kept_steps', 'check_model', 'synth
            'distance_name', 'measure', 'training_hours', 'preset_of', 'machine', 'document', 'keep_slices', 'evaluate']
 
 # %% ../../nbs/56_measure.ipynb #f4b067ff
-import hashlib, io, json, os, platform, re, time
+import hashlib, io, os, platform, re, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -20,7 +20,7 @@ from ..data.foreign import read_json
 from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write
 from ..data.slices import axial
 from ..data.store import Store
-from ..data.volumes import Source, Volume, read_labels, sha256_file, to_ras
+from ..data.volumes import Source, Volume, read_labels, to_ras
 from .distance import Features, Inception, distance
 from .judge import Judge, judge_volume, square_grid, write_slices
 from .quality import bootstrap, dice, hu_errors, psnr, ssim, to_bytes

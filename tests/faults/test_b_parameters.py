@@ -3,7 +3,6 @@
 A real papermill run costs seconds; most rows play one in this process: papermill's own function writes the inserted cell, and
 IPython runs the notebook's cells up to the one that takes the job."""
 import json
-import os
 import resource
 import shutil
 import subprocess
