@@ -21,6 +21,7 @@ ORACLES = Path(__file__).parent / "oracles"
 DIFFUSION = dict(np.load(ORACLES / "diffusion.npz"))
 LOSSES = dict(np.load(ORACLES / "losses_metrics.npz"))
 TABLE, RESULT, LIKELIHOOD = 1e-12, 1e-5, 1e-4
+PHASE = dict(rtol=0, atol=1e-4)  # t x frequency is a float32 up to 999: its last place is 6e-5 of a radian, and processors differ there
 
 def tensor(name): return torch.from_numpy(DIFFUSION[name])
 
@@ -59,12 +60,12 @@ def shared_results() -> dict:
     "The entries of diffusion.npz that belong to no schedule."
     kl = normal_kl(*[tensor(f"kl_{name}") for name in ("mean1", "logvar1", "mean2", "logvar2")])
     dg = discretized_gaussian_log_likelihood(*[tensor(f"dg_{name}") for name in ("x", "mean", "log_scale")])
-    return dict(kl=(kl, RESULT), dg_loglik=(dg, LIKELIHOOD), temb_64=(timestep_embedding(tensor("temb_t"), 64), RESULT))
+    return dict(kl=(kl, RESULT), dg_loglik=(dg, LIKELIHOOD), temb_64=(timestep_embedding(tensor("temb_t"), 64), PHASE))
 
 def close(ours, theirs, tolerance):
     ours = np.asarray(ours)
     assert ours.shape == theirs.shape
-    np.testing.assert_allclose(ours, theirs, rtol=tolerance, atol=0)
+    np.testing.assert_allclose(ours, theirs, **(tolerance if isinstance(tolerance, dict) else dict(rtol=tolerance, atol=0)))
 
 CASES = [str(case) for case in DIFFUSION["cases"]]
 INPUTS = {"x0", "noise", "eps", "v", "cases", "kl_mean1", "kl_logvar1", "kl_mean2", "kl_logvar2",

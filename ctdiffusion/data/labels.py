@@ -158,7 +158,7 @@ def atomic_write(
     "The whole file or none: temporary name, fsync, permissions of the umask, rename."
     path = Path(path)
     temp = path.with_name(f".{path.name}.tmp{os.getpid()}")
-    write = content if callable(content) else lambda p: p.write_bytes(content if isinstance(content, bytes) else content.encode())
+    write = content if callable(content) else lambda p: p.write_bytes(content if isinstance(content, bytes) else content.encode(errors="surrogateescape"))  # a path may hold bytes that are no text
     try:
         temp.touch(); mode = temp.stat().st_mode
         write(temp)

@@ -105,7 +105,9 @@ def make_schedule(
     tables = dict(linear=linear_betas, cosine=cosine_betas)
     if name not in tables:
         raise CTDiffusionError(f"schedule {name!r}", "no schedule of that name", " or ".join(tables), "Pick one of them.")
-    return Schedule(tables[name](T), np.arange(T), T)
+    betas = tables[name](T) if T > 0 else np.full(1, np.inf)
+    if 0 < betas.min() and betas.max() <= 1: return Schedule(betas, np.arange(T), T)
+    raise CTDiffusionError(f"schedule {name!r}", f"T = {T}, whose steps add noise of variance {betas.max():g}", "at most 1 in a step", "Take 20 steps or more, the paper's are 1000; fewer evaluations are a matter of the sampler.")
 
 # %% ../../nbs/10_schedule.ipynb #6115e4b0
 @lru_cache(maxsize=256)
