@@ -317,8 +317,8 @@ def test_F29_no_half_line(whole, there, capfd, name):
     assert run(there).done and fingerprint(there) == fingerprint(whole)
 
 
-@pytest.mark.guard(RUNS, 'whole = [r for r in rows if r.endswith("\n") and r.count(",") == head.count(",") and r.split(",")[0].isdigit()]', "whole = rows")
-@pytest.mark.guard(RUNS, '    return [head, *whole] if head.endswith("\n") else []', "    return [head, *whole]")
+@pytest.mark.guard(RUNS, r'whole = [r for r in rows if r.endswith("\n") and r.count(",") == head.count(",") and r.split(",")[0].isdigit()]', "whole = rows")
+@pytest.mark.guard(RUNS, r'    return [head, *whole] if head.endswith("\n") else []', "    return [head, *whole]")
 @pytest.mark.parametrize("torn", ["in the head", "in a line", "after a line", "garbage"])
 def test_F29_torn_metrics_are_mended(whole, there, torn):
     "Whatever a power cut left at the end of metrics.csv: readers pass over it, and the run that goes on makes it whole."
