@@ -79,12 +79,15 @@ def embedded() -> list[str]:
     return sorted(p.parent.name for p in weights_folder().glob("*/run.json"))
 
 # %% ../../nbs/40_synthesis.ipynb #651f4256
+def _folder(source: str | Path) -> Path:
+    "Where a model lies, by its name or as it is."
+    return weights_folder() / str(source) if str(source) in embedded() else Path(source)
+
 def exported(
     source: str | Path,                # a name of `embedded()`, or a folder made by `export`
 ) -> tuple[dict, dict[str, Tensor]]:   # run.json, and all weights, the judge's too, in float32
     "Weights with the description that knows their checksum."
-    folder = weights_folder() / str(source) if str(source) in embedded() else Path(source)
-    run, path = read_run(folder, sha256=str), folder / "weights.safetensors"
+    run, path = read_run(folder := _folder(source), sha256=str), folder / "weights.safetensors"
     if (sha := sha256_file(path)) != run["sha256"]: raise CTDiffusionError(path, f"sha256 {sha[:12]}...", f"{run['sha256'][:12]}... as in run.json", "The file is damaged or was replaced: install or copy it again.")
     weights, notes = read_tensors(path)
     return agree(run, parse_json(notes.get("ctdiffusion", "{}"), path), folder), {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
@@ -103,7 +106,7 @@ def load(
     mode: str = "eager",   # on a GPU, see `describe`
 ) -> Model:
     "A model that is ready to synthesise, with the averaged weights (A12)."
-    folder = weights_folder() / str(source) if str(source) in embedded() else Path(source)
+    folder = _folder(source)
     if (folder / "weights.safetensors").exists() and step is None:
         run, weights = exported(folder)
         return describe(run, weights, folder, run["sha256"], device, mode)
@@ -161,8 +164,12 @@ def synthesize_slices(
         cond = model.net.encode(torch.from_numpy(np.ascontiguousarray(masks[at])).long().to(model.device))
         noise = slice_noise(seed, case, rows[at], model.config.size, model.device)
         x0 = make_slices(model.net, model.config, cond, noise, sampler or model.sampler, callback)
-        out.append(((x0[:, 0] + 1) * 127.5).round().cpu().numpy() / np.float32(255))
+        out.append(_grey(x0))
     return np.concatenate(out)
+
+def _grey(x: Tensor) -> np.ndarray:
+    "From [-1, 1] to the nearest of 256 grey values in [0, 1]."
+    return ((x[:, 0] + 1) * 127.5).round().cpu().numpy() / np.float32(255)
 
 def _check_masks(model: Model, masks: np.ndarray) -> None:
     s, n = model.config.size, model.config.classes
