@@ -101,8 +101,8 @@ def share(job: Callable[[], object], guards: list[str]) -> dict:
 DATA = ["data.volumes:check_header", "data.cases:hu_fault", "data.cases:pair_fault", "data.cases:side_fault", "data.labels:check_labels", "data.cases:check_case_id", "data.cases:inside",
         "data.preparation:duplicates", "data.preparation:digest", "data.store:content_hash", "data.store:_present"]
 TRAIN = ["training.parameters:check_parameters", "data.store:open_store", "training.folder:RunLock.__enter__", "training.folder:RunLock.__exit__", "training.folder:RunLock.beat", "training.folder:Stop.__call__",
-         "training.folder:claim_run", "training.folder:check_space", "training.runs:damage", "training.runs:sha256_file", "training.runs:cut_metrics", "training.trainer:Trainer.losses", "data.labels:_sync"]
-VOLUME = ["synthesis.synthesis:finished", "synthesis.synthesis:sha256_file", "synthesis.synthesis:_check_masks", "data.labels:_sync", "data.volumes:check_header", "data.labels:check_labels"]
+         "training.folder:claim_run", "data.whole:check_space", "training.runs:damage", "training.runs:sha256_file", "training.runs:cut_metrics", "training.trainer:Trainer.losses", "data.labels:_sync"]
+VOLUME = ["data.whole:finished", "synthesis.synthesis:sha256_file", "synthesis.synthesis:_check_masks", "data.labels:_sync", "data.volumes:check_header", "data.labels:check_labels"]
 
 
 def main() -> None:

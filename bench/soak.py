@@ -21,9 +21,10 @@ from harness import report
 from ctdiffusion.data.phantom import make_dataset
 from ctdiffusion.data.store import PrepareConfig, Store, prepare
 from ctdiffusion.data.volumes import sha256_file, write_volume
+from ctdiffusion.data.whole import sidecar
 from ctdiffusion.models.variants import ModelConfig, TrainConfig, preset
 from ctdiffusion.synthesis.processes import synthesize_many
-from ctdiffusion.synthesis.synthesis import complete_labels, load, sidecar
+from ctdiffusion.synthesis.synthesis import complete_labels, load
 from ctdiffusion.training.runs import damage, latest_checkpoint, read_checkpoint
 from ctdiffusion.training.state import State
 from ctdiffusion.training.step import sample_grid
@@ -78,7 +79,7 @@ class Volumes:
 
     def kept(self, where: Path) -> int:
         "Batches that nobody makes again."
-        return sum(n if sidecar(where / f.name).exists() else len(list(where.glob(f".{f.name}.*/[0-9]*.npy"))) for f, n in self.batches.items())
+        return sum(n if sidecar(where / f.name).exists() else len(list(where.glob(f".{f.name}.*/[0-9]*.part"))) for f, n in self.batches.items())
 
     def damaged(self, where: Path) -> int: return 0
 

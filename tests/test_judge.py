@@ -16,10 +16,10 @@ from ctdiffusion.data.labels import AMOS, CTDiffusionError
 from ctdiffusion.data.phantom import phantom, save_patient
 from ctdiffusion.data.slices import axial, resize_labels
 from ctdiffusion.data.volumes import read_image, read_labels, sha256_file, write_volume
+from ctdiffusion.data.whole import sidecar
 from ctdiffusion.evaluation import judge as module
 from ctdiffusion.evaluation.judge import (MODES, Command, TotalSegmentator, doctor, judge_volume, segment,
                                           square_grid, write_ceiling, write_masks, write_slices)
-from ctdiffusion.synthesis.synthesis import sidecar
 
 NEEDED, TESTED = module._NEEDED, module._TESTED
 V2 = dict(zip([1, 2, 3, 4, 15, 5, 6, 52, 63, 7, 8, 9, 19, 21, 22], [c.ts_v2 for c in AMOS.organs])) | {90: "heart"}

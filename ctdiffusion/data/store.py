@@ -6,7 +6,7 @@
 __all__ = ['VERSION', 'Store', 'content_hash', 'open_store', 'stale', 'ticker', 'PrepareError', 'prepare']
 
 # %% ../../nbs/06_store.ipynb #217436a7
-import errno, json, os, re, shutil, sys, threading, time
+import json, os, re, shutil, sys, threading, time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -22,6 +22,7 @@ from .foreign import blame, read_json
 from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write
 from .preparation import PrepareConfig, SplitRow, broken, choose, digest, duplicates, left_out, prepare_case, read_split, split_pairs, split_rows, write_split
 from .volumes import sha256_file
+from .whole import disk_full, unwritable
 
 # %% ../../nbs/06_store.ipynb #fa7fc56f
 _REBUILD = "Prepare again with rebuild=True."
@@ -243,7 +244,7 @@ def prepare(
             finally: shutil.rmtree(scratch, ignore_errors=True)
     except Timeout as e: raise CTDiffusionError(store, "another preparation at work", "one at a time", "Wait for it, or choose another folder.") from e
     except OSError as e:
-        if e.errno not in (None, errno.ENOSPC, errno.EDQUOT, errno.EFBIG): raise  # NumPy names no errno when a write is cut short
-        raise CTDiffusionError(store.parent, f"{shutil.disk_usage(store.parent).free:,} bytes free", "room for twice the finished store", "Free some space, or choose another disk.") from e
+        if not disk_full(e): raise
+        raise unwritable(store, e, room="room for twice the finished store") from e
     store.with_name(f"{store.name}_problems.csv").unlink(missing_ok=True)
     return open_store(store, config, table)

@@ -21,7 +21,7 @@ from ..data.foreign import read_json
 from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write
 from ..data.slices import axial, resize_images, unaxial, unwindow, window
 from ..data.volumes import Source, Volume, read_image, read_labels, sha256_file, write_volume
-from ..synthesis.synthesis import finished, sidecar
+from ..data.whole import finished, sidecar
 
 # %% ../../nbs/54_judge.ipynb #e5dff7e8
 class Judge(Protocol):

@@ -21,13 +21,14 @@ from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write
 from ..data.slices import axial
 from ..data.store import Store
 from ..data.volumes import Source, Volume, read_labels, to_ras
+from ..data.whole import once, sidecar
 from .distance import Features, Inception, distance
 from .judge import Judge, judge_volume, square_grid, write_slices
 from .quality import bootstrap, dice, hu_errors, psnr, ssim, to_bytes
 from .results import FORMAT, mean_dice, milestone, read_results, write_results
 from ..models.variants import PRESETS, VARIANTS, ModelConfig, preset
 from ..synthesis.gallery import air_noise
-from ..synthesis.synthesis import Model, load, once, pieces, sidecar
+from ..synthesis.synthesis import Model, load, pieces
 from ..training.folder import environment, read_run
 from ..training.runs import latest_checkpoint
 

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Model', 'describe', 'weights_folder', 'embedded', 'exported', 'load', 'export', 'slice_noise', 'synthesize_slices',
-           'complete_labels', 'to_hu', 'sidecar', 'finished', 'pieces', 'once', 'synthesize']
+           'complete_labels', 'to_hu', 'pieces', 'synthesize']
 
 # %% ../../nbs/40_synthesis.ipynb #f04cba98
-import hashlib, json, os, shutil
+import hashlib, json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..data.foreign import parse_json, read_json, read_tensors
+from ..data.foreign import parse_json, read_tensors
 from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write, write_ctbl, write_itksnap
 from ..data.slices import axial, body_mask, resize_images, resize_labels, unaxial, unwindow, with_body
 from ..data.volumes import Volume, read_image, read_labels, sha256_file, write_volume
+from ..data.whole import once, read_summed, write_summed
 from ..diffusion.schedule import Schedule, make_schedule
 from ..models.gpu import MODES, Swift, upload
 from ..models.sdm import Guided
@@ -50,7 +51,9 @@ class Model:
 # %% ../../nbs/40_synthesis.ipynb #acb3b677
 def describe(
     run: dict,                   # run.json
-    weights: dict[str, Tensor], path: Path, sha256: str,  # averaged weights, where they came from, and the checksum of that file
+    weights: dict[str, Tensor],  # averaged weights
+    path: Path,                  # where they came from
+    sha256: str,                 # of that file
     device: str = "auto",        # "cpu", "cuda", ...; auto: the GPU if there is one
     mode: str = "eager",         # of a diffusion model's step on a GPU: "graph" for few slices, "compile" for many
 ) -> Model:
@@ -76,10 +79,15 @@ def embedded() -> list[str]:
     return sorted(p.parent.name for p in weights_folder().glob("*/run.json"))
 
 # %% ../../nbs/40_synthesis.ipynb #651f4256
-def exported(source: str | Path) -> tuple[dict, dict[str, Tensor]]:  # name or folder -> run.json, and all weights, the judge's too, in float32
+def _folder(source: str | Path) -> Path:
+    "Where a model lies, by its name or as it is."
+    return weights_folder() / str(source) if str(source) in embedded() else Path(source)
+
+def exported(
+    source: str | Path,                # a name of `embedded()`, or a folder made by `export`
+) -> tuple[dict, dict[str, Tensor]]:   # run.json, and all weights, the judge's too, in float32
     "Weights with the description that knows their checksum."
-    folder = weights_folder() / str(source) if str(source) in embedded() else Path(source)
-    run, path = read_run(folder, sha256=str), folder / "weights.safetensors"
+    run, path = read_run(folder := _folder(source), sha256=str), folder / "weights.safetensors"
     if (sha := sha256_file(path)) != run["sha256"]: raise CTDiffusionError(path, f"sha256 {sha[:12]}...", f"{run['sha256'][:12]}... as in run.json", "The file is damaged or was replaced: install or copy it again.")
     weights, notes = read_tensors(path)
     return agree(run, parse_json(notes.get("ctdiffusion", "{}"), path), folder), {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
@@ -93,11 +101,12 @@ def _trained(folder: Path, device: str, step: int | None = None, mode: str = "ea
 
 def load(
     source: str | Path,    # a name of `embedded()`, a run folder, or a folder made by `export`
-    device: str = "auto", step: int | None = None,  # step: of a run folder; None: its newest whole checkpoint
+    device: str = "auto",  # "cpu", "cuda", ...
+    step: int | None = None,  # of a run folder; None: its newest whole checkpoint
     mode: str = "eager",   # on a GPU, see `describe`
 ) -> Model:
     "A model that is ready to synthesise, with the averaged weights (A12)."
-    folder = weights_folder() / str(source) if str(source) in embedded() else Path(source)
+    folder = _folder(source)
     if (folder / "weights.safetensors").exists() and step is None:
         run, weights = exported(folder)
         return describe(run, weights, folder, run["sha256"], device, mode)
@@ -106,7 +115,8 @@ def load(
 
 # %% ../../nbs/40_synthesis.ipynb #d37a297e
 def export(
-    source: str | Path, folder: str | Path,  # run folder; to write: weights.safetensors and run.json
+    source: str | Path,        # run folder
+    folder: str | Path,        # to write: weights.safetensors and run.json
     command: str = "",         # that made the run, for those who want to repeat it
     sampler: str | None = None,  # how they are to be sampled, default as in the run
     dtype: torch.dtype = torch.float16,
@@ -125,9 +135,11 @@ def export(
 
 # %% ../../nbs/40_synthesis.ipynb #5a570d72
 def slice_noise(
-    seed: int, case: str, # the patient: another case, other noise
+    seed: int,
+    case: str,            # the patient: another case, other noise
     rows: Sequence[int],  # slice numbers within the case
-    size: int, device: torch.device = torch.device("cpu"),  # pixels per side
+    size: int,            # pixels per side
+    device: torch.device = torch.device("cpu"),
 ) -> Callable[[int], Tensor]:  # noise(k) -> (len(rows), 1, size, size)
     "The noise of each slice, from a stream of its own; to be called for k = T, T-1, ... in that order."
     streams = [generator(seed, int(row), f"synthesis/{case}") for row in rows]
@@ -138,9 +150,11 @@ def slice_noise(
 def synthesize_slices(
     model: Model,
     masks: np.ndarray,             # (N, size, size) ids, the body drawn in
-    seed: int = 0, case: str = "slices",  # whose slices they are, for the noise
+    seed: int = 0,
+    case: str = "slices",          # whose slices they are, for the noise
     rows: Sequence[int] | None = None,  # their numbers within the case, default 0, 1, ...
-    sampler: str | None = None, batch: int = 16,  # "ancestral", "250", "ddim50", ...; default the model's
+    sampler: str | None = None,    # "ancestral", "250", "ddim50", ...; default the model's
+    batch: int = 16,
     callback: Callable[[dict], None] | None = None,  # sees every step of every batch
 ) -> np.ndarray:                   # (N, size, size) float32 in [0, 1]
     "CT slices for label maps: eq. (5) from noise to x0, or one pass of a generator."
@@ -150,8 +164,12 @@ def synthesize_slices(
         cond = model.net.encode(torch.from_numpy(np.ascontiguousarray(masks[at])).long().to(model.device))
         noise = slice_noise(seed, case, rows[at], model.config.size, model.device)
         x0 = make_slices(model.net, model.config, cond, noise, sampler or model.sampler, callback)
-        out.append(((x0[:, 0] + 1) * 127.5).round().cpu().numpy() / np.float32(255))
+        out.append(_grey(x0))
     return np.concatenate(out)
+
+def _grey(x: Tensor) -> np.ndarray:
+    "From [-1, 1] to the nearest of 256 grey values in [0, 1]."
+    return ((x[:, 0] + 1) * 127.5).round().cpu().numpy() / np.float32(255)
 
 def _check_masks(model: Model, masks: np.ndarray) -> None:
     s, n = model.config.size, model.config.classes
@@ -161,7 +179,8 @@ def _check_masks(model: Model, masks: np.ndarray) -> None:
 # %% ../../nbs/40_synthesis.ipynb #8714ac20
 def complete_labels(
     labels: str | Path,               # label file
-    image: str | Path | None = None, table: ClassTable = AMOS,  # CT on the same grid, to find the body in
+    image: str | Path | None = None,  # CT on the same grid, to find the body in
+    table: ClassTable = AMOS,
 ) -> Volume:                          # ids with the body, RAS
     "A label volume in which the body is drawn."
     v = read_labels(labels, table)
@@ -177,7 +196,8 @@ def complete_labels(
 def to_hu(
     slices: np.ndarray,   # (Z, size, size) in [0, 1]
     labels: np.ndarray,   # (X, Y, Z) ids, RAS
-    model: Model, air: int = -1000,  # HU outside of the patient
+    model: Model,
+    air: int = -1000,     # HU outside of the patient
 ) -> np.ndarray:          # (X, Y, Z) int16 HU, RAS
     "Synthetic slices as a volume: resized, stacked, in HU, with air around the patient."
     x, y, _ = labels.shape
@@ -185,26 +205,11 @@ def to_hu(
     return np.where(labels == model.table.background, air, np.rint(hu)).astype(np.int16)
 
 # %% ../../nbs/40_synthesis.ipynb #1f57fbb7
-def sidecar(out: str | Path) -> Path:
-    "`case.nii.gz` -> `case.json`"
-    out = Path(out)
-    return out.with_name(out.name.removesuffix(".gz").removesuffix(".nii") + ".json")
-
-def finished(out: str | Path, job: dict) -> bool:
-    "Is `out` there, whole, and the result of this job?"
-    try: side = read_json(sidecar(out))
-    except CTDiffusionError: return False
-    return side.get("job") == job and Path(out).is_file() and sha256_file(out) == side.get("sha256")
-
-def _piece(path: Path, shape: tuple) -> np.ndarray | None:
-    "A finished batch; nothing if it is not there or not what was written."
-    raw = path.read_bytes() if path.exists() else b""
-    return np.frombuffer(raw[32:], np.float32).reshape(shape) if hashlib.sha256(raw[32:]).digest() == raw[:32] else None
-
 def pieces(
     model: Model,
     masks: np.ndarray,  # (Z, size, size) ids
-    job: dict, parts: Path,  # seed, case, sampler, batch; folder for the finished batches
+    job: dict,          # seed, case, sampler, batch
+    parts: Path,        # folder for the finished batches
     say: Callable[[str], object] | None = None,
 ) -> np.ndarray:        # (Z, size, size) in [0, 1]
     "All slices of a volume, batch by batch; finished batches are read back."
@@ -212,29 +217,12 @@ def pieces(
     batch, out = job["batch"], []
     for i in range(0, len(masks), batch):
         path, rows = parts / f"{i:05d}.part", np.arange(i, min(i + batch, len(masks)))
-        if (x := _piece(path, masks[rows].shape)) is None:
+        if (x := read_summed(path, masks[rows].shape)) is None:
             x = synthesize_slices(model, masks[rows], job["seed"], job["case"], rows, job["sampler"], batch)
-            atomic_write(path, hashlib.sha256(x.tobytes()).digest() + x.tobytes())
+            write_summed(path, x)
             if say: say(f"{rows[-1] + 1} of {len(masks)} slices")
         out.append(x)
     return np.concatenate(out)
-
-# %% ../../nbs/40_synthesis.ipynb #6a17a90d
-def once(out: Path, job: dict, make: Callable[[Path], dict]) -> Path:
-    "`out`, made unless it is there and whole: `make` fills a folder with a file of that name and returns what to record; nothing else stays behind."
-    parts = out.with_name(f".{out.name}.{hashlib.sha256(json.dumps(job).encode()).hexdigest()[:12]}")
-    try:
-        if not finished(out, job):
-            parts.mkdir(parents=True, exist_ok=True)
-            about, made = make(parts), parts / out.name
-            record = atomic_write(sidecar(made), json.dumps(dict(job=job, sha256=sha256_file(made)) | about, indent=1))
-            rest = {f for f in parts.glob("[!.]*") if f.suffix != ".part"} - {record}
-            for f in (*rest, record): os.replace(f, out.with_name(f.name))
-        shutil.rmtree(parts, ignore_errors=True)
-    except OSError as e:
-        free = shutil.disk_usage(next(p for p in parts.absolute().parents if p.exists())).free
-        raise CTDiffusionError(out, f"a file that cannot be written ({e.strerror or e}); {free:,} bytes free", "room and permission to write", "Mend that and run the same again: finished batches are kept.") from e
-    return out
 
 # %% ../../nbs/40_synthesis.ipynb #d2d99e8a
 def synthesize(
@@ -243,14 +231,17 @@ def synthesize(
     out: str | Path,                  # CT to write, .nii.gz
     seed: int = 0,
     image: str | Path | None = None,  # CT on the same grid, only to find the body in
-    sampler: str | None = None, case: str | None = None,  # default the model's; whose noise, default the file name of `labels`
-    batch: int = 16, air: int = -1000,  # slices at a time; HU outside of the patient
+    sampler: str | None = None,       # default the model's
+    case: str | None = None,          # whose noise; default the file name of `labels`
+    batch: int = 16,                  # slices at a time
+    air: int = -1000,                 # HU outside of the patient
     say: Callable[[str], object] | None = None,  # is told of every finished batch
 ) -> Path:                            # `out`
     "A CT volume for a label volume: int16 HU on the same grid, affine and orientation."
     out, volume = Path(out), complete_labels(labels, image, model.table)
     case = case or Path(labels).name.split(".")[0]
-    job = dict(weights=model.sha256, labels=hashlib.sha256(volume.data.tobytes()).hexdigest(), seed=seed, sampler=sampler or model.sampler, case=case, batch=batch, air=air, threads=torch.get_num_threads())
+    mask_hash = hashlib.sha256(volume.data.tobytes()).hexdigest()
+    job = dict(weights=model.sha256, labels=mask_hash, seed=seed, sampler=sampler or model.sampler, case=case, batch=batch, air=air, threads=torch.get_num_threads())
     def make(parts: Path) -> dict:
         slices = pieces(model, resize_labels(axial(volume.data), model.config.size), job, parts, say)
         write_volume(parts / out.name, to_hu(slices, volume.data, model, air), volume.source)

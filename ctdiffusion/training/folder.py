@@ -4,27 +4,25 @@
 
 # %% auto #0
 __all__ = ['HEARTBEAT', 'FREE', 'IDENTITY', 'alive', 'RunLock', 'flat', 'config_hash', 'differing', 'read_run', 'claim_run',
-           'agree', 'planned', 'environment', 'check_space', 'unwritable', 'persistent', 'in_plain_words', 'Log',
-           'Stop']
+           'agree', 'planned', 'environment', 'Log', 'Stop']
 
 # %% ../../nbs/31_folder.ipynb #81e9121f
-import errno, hashlib, json, os, shutil, signal, socket, subprocess, sys, threading, time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import hashlib, json, os, signal, socket, subprocess, sys, threading, time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from filelock import SoftFileLock, Timeout
-from safetensors import SafetensorError
 from torch import nn
 
 from ..data.foreign import blame, fits, read_json
 from ..data.labels import ClassTable, CTDiffusionError, atomic_write
+from ..data.whole import append, persistent
 from ..diffusion.schedule import make_schedule
 from ..diffusion.solvers import parse_sampler
 from ..models.variants import ModelConfig, build
-from .runs import FORMAT, append
+from .runs import FORMAT
 
 # %% ../../nbs/31_folder.ipynb #0d27af8c
 HEARTBEAT = 300  # seconds without a sign of life count as one missed heartbeat
@@ -170,44 +168,6 @@ def environment() -> dict:
     "What a result may depend on besides its configuration."
     versions = {p: _version(p) for p in ("ctdiffusion", "torch", "numpy", "safetensors")} | dict(python=sys.version.split()[0])
     return dict(versions=versions, git=_commit(), threads=torch.get_num_threads(), created=time.strftime("%Y-%m-%d %H:%M:%S"))
-
-# %% ../../nbs/31_folder.ipynb #3cd5384e
-def check_space(
-    run_dir: str | Path,
-    size: int,    # bytes of one checkpoint
-    copies: int,  # that must find room
-) -> None:
-    "Refuse to begin what the disk cannot hold."
-    free = shutil.disk_usage(run_dir).free
-    if free < size * copies:
-        raise CTDiffusionError(run_dir, f"{free:,} bytes free", f"{size * copies:,} for {copies} checkpoints of {size:,}", "Free some space, or choose another run_dir.")
-
-def unwritable(path: str | Path, why: Exception, size: int | None = None) -> CTDiffusionError:
-    "Why a file cannot be written, with its bytes and those that are free."
-    there = next(p for p in (Path(path), *Path(path).absolute().parents) if p.exists())
-    return CTDiffusionError(path, f"a file{f' of {size:,} bytes' if size else ''} that cannot be written ({why}); {shutil.disk_usage(there).free:,} bytes free",
-        "a folder with room that may be written to", "Make room or correct the rights, then run the same command again: it continues from the last checkpoint, which is untouched.")
-
-def persistent(
-    save: Callable[[], object],        # writes a file, whole or not at all
-    path: str | Path,
-    size: int | None = None,           # bytes it needs
-    wait: tuple[float, ...] = (1, 5),  # seconds before the second and third try
-) -> object:
-    "Try to save three times, then stop in plain words; what was there before is untouched."
-    for seconds in (*wait, None):
-        try: return save()
-        except (OSError, SafetensorError) as e: why = e
-        if seconds is not None: time.sleep(seconds)
-    raise unwritable(path, why, size) from why
-
-@contextmanager
-def in_plain_words(run_dir: str | Path) -> Iterator[None]:
-    "Whatever else cannot be written inside of the block."
-    try: yield
-    except OSError as e:
-        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM): raise
-        raise unwritable(e.filename or run_dir, e) from e
 
 # %% ../../nbs/31_folder.ipynb #cb7488cd
 class Log:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMAT', 'generator', 'batch_rows', 'crash_point', 'write_checkpoint', 'damage', 'read_checkpoint', 'learned_weights',
-           'latest_checkpoint', 'prune', 'cut_metrics', 'append', 'add_metrics', 'read_metrics']
+           'latest_checkpoint', 'prune', 'cut_metrics', 'add_metrics', 'read_metrics']
 
 # %% ../../nbs/30_runs.ipynb #ae6aa9ea
 import hashlib, json, os, signal
@@ -19,6 +19,7 @@ from torch import Tensor
 from ..data.foreign import parse_json, read_json, read_tensors
 from ..data.labels import CTDiffusionError, atomic_write
 from ..data.volumes import sha256_file
+from ..data.whole import append
 
 # %% ../../nbs/30_runs.ipynb #df152b2f
 def generator(
@@ -150,14 +151,6 @@ def _lines(path: str | Path) -> list[str]:
     head, *rows = Path(path).read_text(errors="replace").splitlines(keepends=True) or [""]
     whole = [r for r in rows if r.endswith("\n") and r.count(",") == head.count(",") and r.split(",")[0].isdigit()]
     return [head, *whole] if head.endswith("\n") else []
-
-def append(path: str | Path, text: str) -> None:
-    "All of the text at the end of a file, or nothing of it."
-    with open(path, "ab", buffering=0) as f:
-        end, left = f.tell(), text.encode()
-        try:
-            while left: left = left[f.write(left):]
-        except OSError: f.truncate(end); raise
 
 def add_metrics(path: str | Path, row: dict) -> None:
     "One line; a column without a value stays empty."

@@ -20,8 +20,9 @@ from torch.distributed import TCPStore
 
 from ..data.labels import CTDiffusionError, atomic_write
 from ..data.store import Store
+from ..data.whole import check_space, in_plain_words, persistent
 from ..models.variants import ModelConfig, TrainConfig
-from .folder import Log, RunLock, Stop, check_space, claim_run, differing, environment, in_plain_words, persistent, read_run
+from .folder import Log, RunLock, Stop, claim_run, differing, environment, read_run
 from .runs import add_metrics, batch_rows, crash_point, cut_metrics, latest_checkpoint, prune, read_checkpoint, write_checkpoint
 from .state import State, begin
 from .step import where, write_png
@@ -51,7 +52,7 @@ class Trainer:
         self.identity = json.loads(json.dumps(dict(variant=s.model.variant, seed=s.seed, init=s.origin, model=s.model.to_dict(), train=c.to_dict(), data=data, notes=getattr(s.whole, "notes", {}))))  # tuples are lists in a file
         about = dict(batch=c.batch, world=self.world, device=str(s.device), rows=len(s.rows), environment=environment())
         if self.rank == 0:
-            check_space(self.run_dir, 3 * sum(p.nbytes for p in s.whole.parameters()) + sum(v.nbytes for v in s.ema.weights.values()), 3 + sum(m <= c.max_steps for m in c.milestones))
+            check_space(self.run_dir, 3 * sum(p.nbytes for p in s.whole.parameters()) + sum(v.nbytes for v in s.ema.weights.values()), 3 + sum(m <= c.max_steps for m in c.milestones), "checkpoints")
             claim_run(self.run_dir, self.identity, about)
         if self.world > 1: torch.distributed.barrier()
         self.hash = read_run(self.run_dir)["config"]

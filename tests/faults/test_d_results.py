@@ -25,10 +25,12 @@ from test_report import keep, made  # noqa: F401
 from test_synthesis import model  # noqa: F401
 
 from ctdiffusion.apps.launch import _markdown
+from ctdiffusion.data import whole as whole_page
 from ctdiffusion.data.cases import Problem, problems_table, write_problems
 from ctdiffusion.data.labels import AMOS, ClassTable, LabelClass
 from ctdiffusion.data.phantom import phantom
 from ctdiffusion.data.volumes import Source, write_volume
+from ctdiffusion.data.whole import finished, sidecar
 from ctdiffusion.evaluation import distance as page
 from ctdiffusion.evaluation.distance import Inception, distance, inception_file
 from ctdiffusion.evaluation.judge import by_name
@@ -37,9 +39,9 @@ from ctdiffusion.evaluation.quality import DICE, PSNR, SSIM, check_slices, dice,
 from ctdiffusion.evaluation.report import DASH, best, latex_text, table, to_csv, to_html, to_latex, to_markdown, write_table
 from ctdiffusion.evaluation.results import COLUMNS, faults, write_results
 from ctdiffusion.synthesis import synthesis
-from ctdiffusion.synthesis.synthesis import finished, pieces, sidecar, synthesize
+from ctdiffusion.synthesis.synthesis import pieces, synthesize
 
-SYNTHESIS, DISTANCE, QUALITY, RESULTS, REPORT, JUDGE = (f"ctdiffusion/{f}.py" for f in ("synthesis/synthesis", "evaluation/distance", "evaluation/quality", "evaluation/results", "evaluation/report", "evaluation/judge"))
+WHOLE, DISTANCE, QUALITY, RESULTS, REPORT, JUDGE = (f"ctdiffusion/{f}.py" for f in ("data/whole", "evaluation/distance", "evaluation/quality", "evaluation/results", "evaluation/report", "evaluation/judge"))
 
 
 # ------------------------------------------------------------------------------------------------ F39: volumes and kills
@@ -70,7 +72,7 @@ ALL = {"ct.nii.gz", "ct.json", "organs.ctbl", "organs.label.txt"}
 def names(folder: Path) -> set: return {p.name for p in folder.iterdir()}
 
 
-@pytest.mark.guard(SYNTHESIS, "        shutil.rmtree(parts, ignore_errors=True)\n", "")
+@pytest.mark.guard(WHOLE, "        shutil.rmtree(parts, ignore_errors=True)\n", "")
 def test_F39_killed_at_random(make, whole, tmp_path):
     "Ten kills, each at a random moment of a life; whoever is not hit has ended. Nobody ever sees half a volume."
     make(tmp_path / "warm" / "ct.nii.gz"); start = monotonic(); make(tmp_path / "timed" / "ct.nii.gz"); longest = 1.3 * (monotonic() - start)
@@ -86,13 +88,13 @@ def test_F39_killed_at_random(make, whole, tmp_path):
         assert runs < 60
 
 
-@pytest.mark.guard(SYNTHESIS, "        shutil.rmtree(parts, ignore_errors=True)\n", "")
-@pytest.mark.guard(SYNTHESIS, "for f in (*rest, record): os.replace", "for f in (record, *rest): os.replace")
+@pytest.mark.guard(WHOLE, "        shutil.rmtree(parts, ignore_errors=True)\n", "")
+@pytest.mark.guard(WHOLE, "for f in (*rest, record): os.replace", "for f in (record, *rest): os.replace")
 @pytest.mark.parametrize("point, at, left", [("atomic_write", 0, set()), ("atomic_write", 2, set()), ("write_volume", 0, set()), ("atomic_write", 3, set()), ("replace", 0, set()), ("replace", 3, ALL - {"ct.json"}), ("rmtree", 0, ALL)])
 def test_F39_killed_at_each_of_its_steps(make, whole, tmp_path, monkeypatch, point, at, left):
     "Before a batch is written, before the volume, before its record, before either is moved into place, before the clean-up: the same command ends with the same bytes."
     out, count = tmp_path / "ct.nii.gz", iter(range(99))
-    where = {"replace": os, "rmtree": synthesis.shutil}.get(point, synthesis)
+    where = {"replace": os, "rmtree": whole_page.shutil, "write_volume": synthesis}.get(point, whole_page)
     old = getattr(where, point)
     def dying(*args, **options):
         if point != "replace" or Path(args[0]).parent.name.startswith(".ct.nii.gz."):  # moves into place, no others
@@ -107,8 +109,8 @@ def test_F39_killed_at_each_of_its_steps(make, whole, tmp_path, monkeypatch, poi
     assert image.shape == (48, 48, 6) and np.asanyarray(image.dataobj).dtype == np.int16
 
 
-@pytest.mark.guard(SYNTHESIS, 'sha256_file(out) == side.get("sha256")', "True")
-@pytest.mark.guard(SYNTHESIS, 'side.get("job") == job', "True")
+@pytest.mark.guard(WHOLE, 'sha256_file(out) == side.get("sha256")', "True")
+@pytest.mark.guard(WHOLE, 'side.get("job") == job', "True")
 def test_F39_a_finished_volume_is_believed_only_whole(make, whole, tmp_path):
     "Found finished, nothing is said; cut off, lost, without its record or with that of another job it is made again."
     out, told = tmp_path / "ct.nii.gz", []
@@ -122,8 +124,8 @@ def test_F39_a_finished_volume_is_believed_only_whole(make, whole, tmp_path):
     assert again() == (whole, True) and names(tmp_path) == ALL | {"undisturbed"}
 
 
-@pytest.mark.guard(SYNTHESIS, "if hashlib.sha256(raw[32:]).digest() == raw[:32] else None", "if raw else None")
-@pytest.mark.guard(SYNTHESIS, 'sha256_file(out) == side.get("sha256")', "True")
+@pytest.mark.guard(WHOLE, "if hashlib.sha256(raw[32:]).digest() == raw[:32] else None", "if raw else None")
+@pytest.mark.guard(WHOLE, 'sha256_file(out) == side.get("sha256")', "True")
 def test_F39_no_flipped_bit_is_believed(model, make, whole, tmp_path):  # noqa: F811
     "200 bits: in the volume, in its record, in a batch that a killed run has left, which is also cut off at five places."
     out, draw = make(tmp_path / "ct.nii.gz"), np.random.default_rng(0)
@@ -157,7 +159,7 @@ def test_F39_no_flipped_bit_is_believed(model, make, whole, tmp_path):  # noqa: 
     assert not told
 
 
-@pytest.mark.guard(SYNTHESIS, "    except OSError as e:\n", "    except ZeroDivisionError as e:\n")
+@pytest.mark.guard(WHOLE, "    except OSError as e: raise unwritable(out, e) from e", "    except ZeroDivisionError: raise")
 @pytest.mark.parametrize("room, parts", [(600, 0), (1300, 6)])  # for a batch, for the volume
 def test_F39_a_full_disk_is_said_and_harms_nothing(make, tmp_path, room, parts):
     "A limit on the size of files plays the full disk. What was there stays; with room again the same command goes on."
@@ -167,7 +169,7 @@ def test_F39_a_full_disk_is_said_and_harms_nothing(make, tmp_path, room, parts):
     def life():
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-        with refused(out, "cannot be written (File too large)", "bytes free", "run the same again"): make(out, batch=1)
+        with refused(out, "cannot be written (File too large)", "bytes free", "run the same command again"): make(out, batch=1)
     assert ended(forked(life)) == 0
     scratch, = tmp_path.glob(".ct.nii.gz.*")
     assert names(tmp_path) == {"before", scratch.name} and names(scratch) == {f"{k:05d}.part" for k in range(parts)}, "no half file"
