@@ -36,7 +36,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from harness import arguments, interleave, report, seconds
 
-from ctdiffusion.data import cases, preparation, volumes
+from ctdiffusion.data import preparation, volumes
 from ctdiffusion.data.cases import Case
 from ctdiffusion.data.labels import AMOS
 from ctdiffusion.data.phantom import phantom

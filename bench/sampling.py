@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from harness import arguments, flops, interleave, optional, report, seconds
+from harness import arguments, flops, interleave, report, seconds
 from network import Task, awake, config, diffusers_net
 
 from ctdiffusion.data.labels import AMOS

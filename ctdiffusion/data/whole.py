@@ -71,7 +71,7 @@ def persistent(
 def append(path: str | Path, text: str) -> None:
     "All of the text at the end of a file, or nothing of it."
     with open(path, "ab", buffering=0) as f:
-        end, left = f.tell(), text.encode()
+        end, left = f.tell(), text.encode(errors="surrogateescape")
         try:
             while left: left = left[f.write(left):]
         except OSError: f.truncate(end); raise
