@@ -1,5 +1,5 @@
 """From a run to sealed rows: measured by hand, killed and continued, dealt out to processes, and refused."""
-import os, subprocess, sys
+import os, shutil, subprocess, sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -208,7 +208,7 @@ def test_refusals(data, run, tmp_path):
     with pytest.raises(CTDiffusionError, match="found window width 350.0; expected window width 400"): check_model(replace(model, width=350.0), store)
     with pytest.raises(CTDiffusionError, match="class table"): check_model(replace(model, table=replace(AMOS, name="other")), store)
     with pytest.raises(CTDiffusionError, match="pixels per side 64"): check_model(model, prepare(folder / "data", tmp_path / "s32", PrepareConfig(32)))
-    (tmp_path / "run.json").write_text("{}")
+    shutil.copy(run / "run.json", tmp_path)
     with pytest.raises(CTDiffusionError, match="without a checkpoint"): kept_steps(tmp_path)
     with pytest.raises(CTDiffusionError, match="no weights|no such package"): judge_of(EvaluateJob(judge="totalsegmentator"), store)
     with pytest.raises(CTDiffusionError, match="no file|no usable torch-fidelity"): features_of(EvaluateJob(features=str(tmp_path / "none.pth")))

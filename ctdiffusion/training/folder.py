@@ -45,6 +45,8 @@ class RunLock:
         self.lock = SoftFileLock(self.file, timeout=0)
 
     def __enter__(self):
+        try: os.fsencode(self.run_dir).decode()
+        except UnicodeDecodeError: raise CTDiffusionError(self.run_dir, "a path that is no UTF-8 text", "one that is: safetensors opens no other", "Rename the folder.") from None
         self.run_dir.mkdir(parents=True, exist_ok=True)
         for _ in range(20):  # who makes a lock writes its name into it at once, unless killed in between
             if self.nameless(): time.sleep(0.1)

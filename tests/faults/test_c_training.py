@@ -658,7 +658,7 @@ def test_F38_a_killed_process_takes_the_others_along(there):
     while any(alive(pid) for pid in pids): assert time.monotonic() < end; time.sleep(0.1)
     assert saved(there) == 6 and not (there / "DONE").exists()
     done = torchrun(there, program, timeout=120)
-    assert done.returncode == 0 and done.stdout.split() == ["True", "True"], done.stderr[-3000:]
+    assert done.returncode == 0 and done.stdout.replace("\n", "") == "TrueTrue", done.stderr[-3000:]
     assert "continuing after step 6" in (there / "train.log").read_text() and nothing_left_behind(there)
 
 
