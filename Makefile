@@ -9,7 +9,7 @@ BIN    := .venv/bin
 READY  := .venv/.ready
 JUDGE  := .venv-judge/bin
 PAGES  := ^([0-9]|index)
-BENCH  := $(filter-out harness forks steps study gpu soak,$(basename $(notdir $(wildcard bench/*.py))))
+BENCH  := $(filter-out harness forks guards steps study gpu soak,$(basename $(notdir $(wildcard bench/*.py))))
 
 .PHONY: demo test faults unguarded bench judge export clean readme constraints
 .DELETE_ON_ERROR:

@@ -1,6 +1,6 @@
 """What the guards cost: the share of a job's time that is spent in what protects it.
 
-    python bench/guards.py --out nbs/results/bench-guards.json   # two minutes
+    python bench/guards.py --out nbs/results/guards.json   # two minutes
     python bench/guards.py --size 128 --slices 20 --steps 20     # a trial
 
 Three jobs run as users run them: `prepare` with two drawn patients of 512 x 512 x 130 voxels, the demo's training, and one volume of
@@ -98,11 +98,11 @@ def share(job: Callable[[], object], guards: list[str]) -> dict:
     return dict(seconds=whole, guards=clock.all, share=clock.all / whole, parts=parts)
 
 
-DATA = ["data.volumes:check_header", "data.cases:hu_fault", "data.cases:pair_fault", "data.cases:side_fault", "data.labels:check_labels", "data.cases:check_case_id", "data.cases:inside",
+DATA = ["data.volumes:check_header", "data.foreign:read_json", "data.cases:hu_fault", "data.cases:pair_fault", "data.cases:side_fault", "data.labels:check_labels", "data.cases:check_case_id", "data.cases:inside",
         "data.preparation:duplicates", "data.preparation:digest", "data.store:content_hash", "data.store:_present"]
 TRAIN = ["training.parameters:check_parameters", "data.store:open_store", "training.folder:RunLock.__enter__", "training.folder:RunLock.__exit__", "training.folder:RunLock.beat", "training.folder:Stop.__call__",
-         "training.folder:claim_run", "data.whole:check_space", "training.runs:damage", "training.runs:sha256_file", "training.runs:cut_metrics", "training.trainer:Trainer.losses", "data.labels:_sync"]
-VOLUME = ["data.whole:finished", "synthesis.synthesis:sha256_file", "synthesis.synthesis:_check_masks", "data.labels:_sync", "data.volumes:check_header", "data.labels:check_labels"]
+         "training.folder:claim_run", "data.whole:check_space", "training.runs:damage", "training.runs:sha256_file", "training.runs:cut_metrics", "training.folder:read_run", "data.foreign:read_json", "training.trainer:Trainer.losses", "data.labels:_sync"]
+VOLUME = ["data.whole:finished", "data.whole:sha256_file", "data.whole:write_summed", "data.whole:read_summed", "data.foreign:read_json", "training.folder:agree", "synthesis.synthesis:_check_masks", "data.labels:_sync", "data.volumes:check_header", "data.labels:check_labels"]
 
 
 def main() -> None:
