@@ -247,4 +247,4 @@ def prepare(
         if not disk_full(e): raise
         raise unwritable(store, e, room="room for twice the finished store") from e
     store.with_name(f"{store.name}_problems.csv").unlink(missing_ok=True)
-    return open_store(store, config, table)
+    return open_store(store, config, table, verify=False)

@@ -14,7 +14,7 @@ import nbformat
 import pytest
 import test_house as house
 from forks import ended, forked
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from IPython.core.interactiveshell import InteractiveShell
 from papermill import PapermillExecutionError, execute_notebook
@@ -293,6 +293,7 @@ def anything(passed: list) -> None:
     "Only our own error may come of any of 5,000 inquiries, and its text can be printed."
     @settings(max_examples=5000, deadline=None, database=None, derandomize=True, suppress_health_check=list(HealthCheck))
     @given(asked())
+    @example((TrainJob, {"\ud800": 1}))
     def try_them(inquiry):
         job, parameters = inquiry
         try:
