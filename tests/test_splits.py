@@ -308,7 +308,7 @@ def test_the_job_searches_where_there_is_a_choice(tmp_path, monkeypatch):
         split = "Tr" if k < 2 else "Va"
         for f in ("images", "labels"): (root / f"{f}{split}").mkdir(parents=True, exist_ok=True)
         q = replace(p, hu=p.hu[:, :, 20:30 + k % 5].copy(), labels=p.labels[:, :, 20:30 + k % 5])
-        q.hu[0, 0, 0] = -900 - k
+        q.hu[0, :, 0] = -900 - k
         save_patient(q, root / f"images{split}/amos_{k:04}.nii.gz", root / f"labels{split}/amos_{k:04}.nii.gz")
     page = run(tmp_path, monkeypatch, data_root=str(root), held_out=0, allow_mirrored=",".join(f"amos_{k:04}" for k in range(1, 54)))
     assert "the paper has 200 with 26,069" in page and "has 6,559 slices: other patients, or other slices. Nearest rule" in page and "the first 50 by id" in page
