@@ -59,7 +59,7 @@ class RunLock:
             atomic_write(self.owner, self.me)
             for f in (f for where in (".*tmp*", "checkpoints/.*", "samples/.*") for f in self.run_dir.glob(where) if f.is_file()): f.unlink()
             for f in self.run_dir.glob("lock.break.*"):  # of one who was killed while taking a dead one's lock
-                if not alive(int(f.name.split(".")[2])): f.unlink()
+                if (pid := f.name.split(".")[2]).isdecimal() and not alive(int(pid)): f.unlink()
         except BaseException: self.__exit__(); raise  # whoever cannot begin keeps nobody out
         return self
 

@@ -147,18 +147,19 @@ def test_F27_gans_too(games, there, monkeypatch, v, crash):
     assert played(there) == played(games[v]) and nothing_left_behind(there)
 
 
-@pytest.mark.guard(FOLDER, "if not alive(int(f.name.split(\".\")[2])): f.unlink()", "pass")
+@pytest.mark.guard(FOLDER, "isdecimal() and not alive(int(pid)): f.unlink()", "isdecimal(): pass")
+@pytest.mark.guard(FOLDER, "if (pid := f.name.split(\".\")[2]).isdecimal() and not alive", "if not alive(int(pid := f.name.split(\".\")[2])) and not alive")
 @pytest.mark.guard(FOLDER, "if self.nameless() or self.steal", "if self.steal")
 def test_F27_killed_while_taking_the_lock(there, tmp_path):
     "Before its name is in it; and while taking a dead one's over. What others are just doing is left alone."
     there.mkdir(); (there / "lock").touch()
     dead, mine = forked(lambda: None), there / f"lock.break.{os.getpid()}.ab"
     ended(dead)
-    for f in (there / f"lock.break.{dead}.ab", mine, there / ".owner.json.tmp99", there / "notes.txt"): f.touch()
+    for f in (there / f"lock.break.{dead}.ab", mine, there / "lock.break.me", there / ".owner.json.tmp99", there / "notes.txt"): f.touch()
     start = time.monotonic()
-    with RunLock(there): assert tree(there) == {"lock", "owner.json", mine.name, "notes.txt"}
+    with RunLock(there): assert tree(there) == {"lock", "owner.json", mine.name, "lock.break.me", "notes.txt"}
     assert 1 < time.monotonic() - start < 20  # its maker was given time to write
-    assert tree(there) == {mine.name, "notes.txt"}
+    assert tree(there) == {mine.name, "lock.break.me", "notes.txt"}
 
 
 # ----------------------------------------------------------------------------------------- F28: asked to stop, or not
