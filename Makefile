@@ -1,7 +1,6 @@
 # make demo   train on drawn patients, then synthesise a held-out volume (minutes, no GPU, no data)
 # make test   run every page, then pytest
-# make faults     the fault table: every row F1 to F42, its tests, their outcome
-# make unguarded  take every guard of the table away once and see its test fail (minutes)
+# make faults  run the tests of the fault table, and print the table
 # make bench  time the project beside its peers, quiet calls only (see bench/README.md; best on an idle machine)
 # Both set up .venv on the first call and reuse it afterwards.
 PYTHON ?= python3
@@ -9,9 +8,9 @@ BIN    := .venv/bin
 READY  := .venv/.ready
 JUDGE  := .venv-judge/bin
 PAGES  := ^([0-9]|index)
-BENCH  := $(filter-out harness forks guards steps study gpu soak,$(basename $(notdir $(wildcard bench/*.py))))
+BENCH  := $(filter-out harness forks steps study gpu soak,$(basename $(notdir $(wildcard bench/*.py))))
 
-.PHONY: demo test faults unguarded bench judge export clean readme constraints
+.PHONY: demo test faults bench judge export clean readme constraints
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -24,11 +23,8 @@ test: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --file_re '$(PAGES)' --n_workers 2 --do_print
 	$(BIN)/python -m pytest
 
-faults: $(READY)   # the table is printed, and kept for page 62
-	$(BIN)/python -m pytest tests/faults --faults nbs/results/faults.json
-
-unguarded: $(READY)
-	$(BIN)/python tests/faults/unguarded.py --out nbs/results/faults.json
+faults: $(READY)
+	$(BIN)/python -m pytest --fault-table
 
 bench: $(READY)    # one after the other: nbs/results/bench-*.json
 	for b in $(BENCH); do $(BIN)/python bench/$$b.py --out nbs/results/bench-$$b.json || exit 1; done

@@ -9,6 +9,8 @@ from ctdiffusion.data.phantom import Patient, make_dataset, phantom
 
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+pytest_plugins = ["fault_table"]
+
 
 @pytest.fixture(scope="session")
 def root() -> Path:

@@ -65,16 +65,3 @@ def test_quality_of_the_default_sampler_as_it_was_measured():
     assert "distance " + ", ".join(f"{100 * (v['distance'] / v['of'] - 1):+.0f}" for v in all) + " %" in row
     assert "mean Dice " + ", ".join(f"{v['dice_mean']:+.1f}" for v in all) in row
     assert f"errors {min(v['dice_mean_error'] for v in all):.1f} to {max(v['dice_mean_error'] for v in all):.1f}" in row and "not decided" in row
-
-
-def test_faults_as_they_were_found():
-    "The table of `make faults` and `make unguarded`, the soak and the price of the guards, as the front page tells them."
-    load = lambda name: json.loads((ROOT / f"nbs/results/{name}.json").read_text())
-    tests, soak, prices = [t for r in load("faults")["rows"] for t in r["tests"].values()], load("soak"), load("guards")["rows"]
-    guards = [g["red"] for t in tests for g in t["guards"]]
-    percent = lambda x: f"{x:.1%}".replace("%", " %")
-    told = [f"42 of 42 rows passed, {len(tests)} tests in {sum(t['cases'] for t in tests):,} cases; {len(guards)} of {len(guards)} guards seen red",
-            f"{soak['kills']} kills; at most {max(r['most_lost'] for r in soak['rows'].values())} steps lost where every {soak['save_every']}th is saved, 0 files that differ from those of undisturbed work, 0 left over",
-            ", ".join(percent(r["share"]) for r in prices.values()) + f"; the dearest single one {percent(max(p['share'] for r in prices.values() for p in r['parts'].values()))}"]
-    assert all(guards) and not [t for t in told if t not in README]
-    assert not any(r[k] for r in soak["rows"].values() for k in ("differ", "missing", "left")) and all(r["most_lost"] <= r["allowed"] for r in soak["rows"].values())

@@ -1,4 +1,4 @@
-"The museum: every exhibit is really poisoned and really answered, and the fault table bears what is missing."
+"The museum: every exhibit is really poisoned and really answered."
 import csv
 import json
 import re
@@ -6,10 +6,9 @@ import re
 import numpy as np
 import pytest
 
-from ctdiffusion.apps.museum import EXHIBITS, careful, examine, exported, fault_table, healthy, naive, poisoned, tour
+from ctdiffusion.apps.museum import EXHIBITS, careful, examine, exported, healthy, naive, poisoned, tour
 from ctdiffusion.data import cases
 from ctdiffusion.data.cases import find_cases, has_error, read_case
-from ctdiffusion.data.labels import CTDiffusionError
 from ctdiffusion.data.phantom import phantom
 from ctdiffusion.data.volumes import read_labels
 
@@ -77,24 +76,3 @@ def test_a_tour_tells_three_outcomes_apart(good):
     assert set(tour(lambda folder: 0, good).values()) == {"right"}
     assert set(tour(lambda folder: folder.name == "healthy", good).values()) == {"wrong, in silence"}
     assert set(tour(lambda folder: [0] * (1 + (folder.name == "healthy")), good).values()) == {"wrong, in silence"}
-
-
-def test_a_fault_table_with_gaps(tmp_path):
-    nothing = fault_table(tmp_path / "none.json")
-    assert list(nothing.columns) == ["row", "fault", "required", "tests", "outcome", "guards"]
-    assert list(nothing.row) == [f"F{n:02}" for n in range(1, 43)] and (nothing.drop(columns="row") == "–").all(axis=None)
-    test = dict(outcome="passed", cases=3, seconds=1.25, why="", guards=[dict(file="a.py", red=True), dict(file="b.py", red=False)])
-    rows = [dict(row="F02", part="A", fault="A bomb", behaviour="refused", outcome="passed", tests=dict(test_F02_bombs=test | dict(cases=1, guards=[]), test_F02_one_bomb=test)),
-            dict(row="F03", part="A", fault="Half", behaviour="said", outcome="no test", tests={})]
-    (tmp_path / "faults.json").write_text(json.dumps(dict(rows=rows)))
-    table = fault_table(tmp_path / "faults.json").set_index("row")
-    assert table.loc["F02"].tolist() == ["A bomb", "refused", "bombs; one bomb (3)", "passed", "1 of 2 red"]
-    assert table.loc["F03"].tolist() == ["Half", "said", "–", "no test", "–"]
-    assert (table.drop(index=["F02", "F03"]) == "–").all(axis=None)
-
-
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"rows": [{}]}', "\x00"])
-def test_a_damaged_fault_table(text, tmp_path):
-    (path := tmp_path / "faults.json").write_text(text)
-    with pytest.raises(CTDiffusionError, match="make faults") as e: fault_table(path)
-    assert e.value.path == str(path)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXHIBITS', 'healthy', 'naive', 'careful', 'Exhibit', 'exhibit', 'Finding', 'poisoned', 'examine', 'mirrored',
            'kidneys_swapped', 'lost_orientation', 'lost_intercept', 'another_window', 'mri_among_ct', 'almost_whole',
-           'interpolated', 'another_grid', 'half_a_file', 'bomb', 'flipped_bit', 'tour', 'fault_table']
+           'interpolated', 'another_grid', 'half_a_file', 'bomb', 'flipped_bit', 'tour']
 
 # %% ../../nbs/62_museum.ipynb #f5d1731a
 import gzip, json, shutil, struct
@@ -15,7 +15,6 @@ from pathlib import Path
 
 import nibabel as nib
 import numpy as np
-import pandas as pd
 from safetensors.torch import load_file
 from scipy.ndimage import zoom
 from torch import Tensor
@@ -24,7 +23,6 @@ from ..data.cases import Problem, as_problem, find_cases, has_error, hu_fault, p
 from ..data.labels import AMOS, CTDiffusionError
 from ..data.phantom import phantom, save_patient
 from ..data.volumes import check_header, nifti_bytes, read_labels
-from ..evaluation.report import DASH
 from ..synthesis.synthesis import exported, weights_folder
 
 # %% ../../nbs/62_museum.ipynb #27ee58a2
@@ -213,21 +211,3 @@ def tour(
         except Exception as error: out[e.name] = f"stops: {type(error).__name__}"
         else: out[e.name] = "right" if len(got) == len(right) and all(map(np.array_equal, got, right)) else "wrong, in silence"
     return out
-
-# %% ../../nbs/62_museum.ipynb #b633daf6
-def _line(row: str, r: dict) -> dict:
-    "One row for the reader; a dash where nothing is known."
-    tests = r.get("tests", {})
-    guards = [g["red"] for t in tests.values() for g in t.get("guards", [])]
-    named = "; ".join(name.removeprefix(f"test_{row}_").replace("_", " ") + f" ({t['cases']})" * (t["cases"] > 1) for name, t in tests.items())
-    return dict(row=row, fault=r.get("fault", DASH), required=r.get("behaviour", DASH), tests=named or DASH, outcome=r.get("outcome", DASH),
-                guards=f"{sum(guards)} of {len(guards)} red" if guards else DASH)
-
-def fault_table(
-    path: str | Path,  # faults.json of `make faults`
-) -> pd.DataFrame:     # row, fault, required, tests, outcome, guards
-    "All 42 faults: what must happen, which tests try it (in how many cases), how they ended, and how many guards were taken away and seen red."
-    try: rows = {r["row"]: r for r in json.loads(Path(path).read_text(encoding="utf-8"))["rows"]}
-    except FileNotFoundError: rows = {}
-    except (OSError, ValueError, KeyError, TypeError) as e: raise CTDiffusionError(path, f"not readable ({type(e).__name__})", "the table of `make faults`", "Run `make faults`, then `make unguarded`.") from e
-    return pd.DataFrame([_line(row, rows.get(row, {})) for row in (f"F{n:02}" for n in range(1, 43))])

@@ -55,12 +55,6 @@ def megabytes(work) -> int:
     return ended(forked(child))
 
 
-@pytest.mark.guard("ctdiffusion/data/cases.py", "if not inside(root, n).exists()", "if not (root / n).exists()")
-@pytest.mark.guard("ctdiffusion/data/cases.py", 'if not all(fits(row.get(side), str) for side in ("image", "label"))]', "if False]")
-@pytest.mark.guard("ctdiffusion/data/foreign.py", "parse_constant=nan, ", "")
-@pytest.mark.guard("ctdiffusion/data/foreign.py", "parse_int=_whole, ", "")
-@pytest.mark.guard("ctdiffusion/data/foreign.py", "except RecursionError: raise", "except ZeroDivisionError: raise")
-@pytest.mark.guard("ctdiffusion/data/foreign.py", ", object_pairs_hook=_once)", ")")
 @pytest.mark.parametrize("text", HOSTILE, ids=[f"{i:02}" for i in range(len(HOSTILE))])
 def test_F19_dataset_json(data, text):
     "One problem, an error, that names the file, the reason and what to do; the cases are found all the same."
@@ -70,7 +64,6 @@ def test_F19_dataset_json(data, text):
     assert problem.path == str(data / "dataset.json") and HOSTILE[text] in problem.found and problem.expected and "Download dataset.json again" in problem.do
 
 
-@pytest.mark.guard("ctdiffusion/data/foreign.py", "if (size := _size(path, do)) > limit: raise", "if (size := _size(path, do)) > 99 * limit: raise")
 def test_F19_dataset_json_of_200_megabytes(data):
     with open(data / "dataset.json", "wb") as f: f.truncate(200 * 2**20)
     def work():
@@ -79,7 +72,6 @@ def test_F19_dataset_json_of_200_megabytes(data):
     assert megabytes(work) == 0
 
 
-@pytest.mark.guard("ctdiffusion/data/foreign.py", "text = path.read_bytes()", "text = path.read_text()")
 def test_F19_the_real_dataset_json_is_accepted(data):
     "Misspelt keys of the release do no harm, nor does the language of the computer: ASCII, where Python is asked for it."
     (data / "dataset.json").write_text(json.dumps(AMOS22, ensure_ascii=False), encoding="utf-8")
@@ -126,9 +118,6 @@ EVIL = {
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
-@pytest.mark.guard("ctdiffusion/data/foreign.py", "if (why := _strange(m))]", 'if (why := "")]')
-@pytest.mark.guard("ctdiffusion/data/foreign.py", "if total > ratio * size: raise", "if total > 99 * ratio * size: raise")
-@pytest.mark.guard("ctdiffusion/data/foreign.py", "if twice: raise", "if False: raise")
 @pytest.mark.parametrize("what", EVIL)
 def test_F19_evil_archive(tmp_path, what):
     "Members are checked before the first is written: nothing outside of the folder, nothing in it, no memory taken."
@@ -142,11 +131,6 @@ def test_F19_evil_archive(tmp_path, what):
     assert around(folder) == before and not list(folder.iterdir()) and not Path("/tmp/OWNED").exists()
 
 
-@pytest.mark.guard("ctdiffusion/data/foreign.py", "if not path.resolve().is_relative_to(folder.resolve()): raise", "if False: raise")
-@pytest.mark.guard("ctdiffusion/data/foreign.py", "if total > (free := shutil.disk_usage(folder).free): raise", "if False: raise")
-@pytest.mark.guard("ctdiffusion/data/foreign.py", 'if m.flag_bits & 1: return "encrypted"', "")
-@pytest.mark.guard("ctdiffusion/data/foreign.py", "raise CTDiffusionError(path, \"another file of that name\"", "CTDiffusionError(path, \"another file of that name\"")
-@pytest.mark.guard("ctdiffusion/data/foreign.py", "except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as e: raise", "except ZeroDivisionError as e: raise")
 def test_F19_archive_into_a_folder_that_is_not_empty(tmp_path, monkeypatch):
     "A link that is there already, a full disk, a password, somebody's own file, a damaged member; and no archive at all."
     archive, folder = zipped(tmp_path / "a.zip", [("sub/x", "new")]), tmp_path / "data"
@@ -176,7 +160,6 @@ def test_F19_archive_into_a_folder_that_is_not_empty(tmp_path, monkeypatch):
     with refused(tmp_path / "missing.zip", "no file"): unpack(tmp_path / "missing.zip", folder)
 
 
-@pytest.mark.guard("ctdiffusion/data/foreign.py", "and _crc(path) == m.CRC: return path", "and False: return path")
 def test_F19_unpacking_can_be_repeated(tmp_path):
     "What is whole is kept, what is missing is written; permissions are those of the umask."
     archive = zipped(tmp_path / "a.zip", [(member("amos22/", 0o040755), ""), (member("amos22/run.sh", 0o104777), "#!/bin/sh"), ("amos22/imagesTr/amos_0001.nii.gz", os.urandom(999))])

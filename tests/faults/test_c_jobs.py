@@ -15,7 +15,6 @@ from test_jobs import alive, cluster, nbs, until  # noqa: F401, fixtures
 
 from ctdiffusion.training.runs import latest_checkpoint, read_checkpoint
 
-FOLDER = "ctdiffusion/training/folder.py"
 
 
 SLOWLY = """
@@ -29,8 +28,6 @@ print(run(run_dir, save_every={every}))
 """
 
 
-@pytest.mark.guard("slurm/train.sbatch", "trap 'asked=1; mkdir -p \"$run\" && touch \"$run/STOP\"' USR1 TERM", "trap 'asked=1' USR1 TERM")
-@pytest.mark.guard(FOLDER, 'if self.file.exists(): self.reason = self.reason or "STOP file"', "pass")
 def test_F28_the_job_script_with_a_real_training(whole, cluster, there, tmp_path, root):
     """slurm/train.sbatch as the scheduler runs it, with papermill, a kernel and a training that are real.
     USR1 five minutes before the end: saved at once, exit code 0, no DONE, queued again; the second job goes on to the same bytes."""
@@ -52,7 +49,6 @@ def test_F28_the_job_script_with_a_real_training(whole, cluster, there, tmp_path
     assert f"continuing after step {step}" in (there / "train.log").read_text() and fingerprint(there) == fingerprint(whole)
 
 
-@pytest.mark.guard("slurm/train.sbatch", '[ -n "$asked" ] && { echo "$name goes on later"; scontrol requeue', '[ -n "$asked" ] && { echo "$name goes on later"; true')
 @pytest.mark.parametrize("s", [signal.SIGUSR1, signal.SIGTERM])
 def test_F28_a_job_is_queued_again_before_its_time_is_up(cluster, s):
     run = cluster.root / "mask-s0"
@@ -63,7 +59,6 @@ def test_F28_a_job_is_queued_again_before_its_time_is_up(cluster, s):
     assert code == 0 and "train-mask-s0 is done" in said and (run / "DONE").exists() and calls.count("requeue") == 1
 
 
-@pytest.mark.guard("ctdiffusion/apps/launch.py", 'os.read(0, 1); depart(Path(order["run"])); os._exit(143)', "os.read(0, 1)")
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
 def test_F28_a_reproduction_that_is_killed_leaves_no_training_behind(nbs, tmp_path, how):
     "The parent of several notebooks is killed: the training below it saves and leaves, and the same command goes on."
