@@ -1,8 +1,9 @@
 # make demo   train on drawn patients, then synthesise a held-out volume (minutes, no GPU, no data)
-# make test   run every page, then pytest
+# make test   run every page, then pytest (also where a page failed), and report both
+# make lab    start JupyterLab with the pages
 # make faults  run the tests of the fault table, and print the table
 # make bench  time the project beside its peers, quiet calls only (see bench/README.md; best on an idle machine)
-# Both set up .venv on the first call and reuse it afterwards.
+# Each sets up .venv on the first call and reuses it afterwards.
 PYTHON ?= python3
 BIN    := .venv/bin
 READY  := .venv/.ready
@@ -10,7 +11,11 @@ JUDGE  := .venv-judge/bin
 PAGES  := ^([0-9]|index)
 BENCH  := $(filter-out harness forks steps study gpu soak,$(basename $(notdir $(wildcard bench/*.py))))
 
-.PHONY: demo test faults bench judge export clean readme constraints
+# OpenMP threads that wait must sleep. By default they spin, and on a machine that others use, too, that costs a multiple
+# of the time. The library reads this when it is loaded, so it must be in the environment before Python starts.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: demo test lab faults bench judge export clean readme constraints
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -20,8 +25,14 @@ demo: $(READY)
 	@ls -1 runs/demo/train.ipynb runs/mask-demo-s0/figures/*.png runs/mask-demo-s0/*.nii.gz
 
 test: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --file_re '$(PAGES)' --n_workers 2 --do_print
-	$(BIN)/python -m pytest
+	@pages=passed; tests=passed; \
+	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --file_re '$(PAGES)' --n_workers 2 --do_print || pages='FAILED, their names stand before the tests'; \
+	$(BIN)/python -m pytest || tests=FAILED; \
+	printf '\npages: %s\ntests: %s\n' "$$pages" "$$tests"; \
+	test "$$pages $$tests" = 'passed passed'
+
+lab: $(READY)      # with the root of the project as its root, so that a page can be read beside everything else
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs
 
 faults: $(READY)
 	$(BIN)/python -m pytest --fault-table
@@ -49,6 +60,7 @@ $(READY): settings.ini constraints.txt setup.py pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("constraints.txt needs Python >= 3.11: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[notebooks,dev]'
+	$(BIN)/python -m ipykernel install --sys-prefix --env OMP_WAIT_POLICY PASSIVE   # for kernels that make did not start
 	touch $@
 
 .venv-judge/.ready: Makefile   # an environment of its own: the package is heavy, and wants a torchvision that fits its torch

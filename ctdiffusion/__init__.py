@@ -6,12 +6,17 @@
 __all__ = ['load', 'synthesize', 'synthesize_slices', 'CTDiffusionError']
 
 # %% ../nbs/index.ipynb #af455d1e
+import os
 from importlib import import_module
 
 # %% ../nbs/index.ipynb #67561f62
 __version__ = "0.1.0"
 _all_ = ["load", "synthesize", "synthesize_slices", "CTDiffusionError"]
 _door = {name: "synthesis.synthesis" for name in _all_} | {"CTDiffusionError": "data.labels"}
+
+# Threads that wait for work sleep. By default they spin, which on a machine that others use, too,
+# takes a multiple of the time. OpenMP reads this once, when torch loads it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # %% ../nbs/index.ipynb #8d5db507
 def __getattr__(

@@ -18,6 +18,15 @@ def root() -> Path:
     return Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(scope="session", autouse=True)
+def elsewhere(tmp_path_factory):
+    "An empty folder to work in: a test must not meet what lies in `runs/` of the project, and leave nothing there."
+    before = Path.cwd()
+    os.chdir(tmp_path_factory.mktemp("elsewhere"))
+    yield
+    os.chdir(before)
+
+
 @pytest.fixture(scope="session")
 def original(tmp_path_factory) -> Path:
     "Five patients and an MRI in the layout of AMOS22, not to be changed."
