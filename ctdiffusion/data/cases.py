@@ -207,11 +207,12 @@ def read_case(
     max_voxels: int = MAX_VOXELS,          # refuse larger volumes
     assume: str | None = None,             # orientation of files without one
     allow_mirrored: Collection[str] = (),  # ids of cases confirmed to be mirrored
+    label_scheme: str = "",                # whose ids the labels have, see `data.schemes`; "": the table's
 ) -> tuple[Volume | None, Volume | None, list[Problem]]:
     "Image, label and everything found wrong with them; use them only if no problem is an error."
     problems, kw = [], dict(max_voxels=max_voxels, assume=assume)
     image = _try(read_image, case, case.image, problems, **kw)
-    label = _try(read_labels, case, case.label, problems, table=table, allow_body=False, **kw) if case.label else None
+    label = _try(read_labels, case, case.label, problems, table=table, allow_body=False, label_scheme=label_scheme, anatomy=True, **kw) if case.label else None
     faults = [(case.image, hu_fault(image.data))] if image else []
     if image and label: faults.append((case.label, pair_fault(image, label)))
     if label and case.id not in allow_mirrored: faults.append((case.label, side_fault(label.data, table)))

@@ -33,6 +33,7 @@ class PrepareConfig:
     allow_mirrored: tuple[str, ...] = ()  # cases confirmed to be mirrored anatomy
     assume: str | None = None             # orientation of files without one, e.g. "RAS"
     max_voxels: int = MAX_VOXELS          # refuse larger volumes
+    label_scheme: str = ""                # whose ids the label files have, e.g. "totalsegmentator-v2"; "": those of the class table
     split: tuple[tuple[str, str], ...] = ()  # (id, "train" or "val") of everybody, in place of folders, `every` and `held_out`
 
     def __post_init__(self):
@@ -86,7 +87,7 @@ def prepare_case(
     folder: Path,                          # where the slices go: ID.x.npy and ID.y.npy
 ) -> tuple[dict | None, list[Problem]]:    # manifest entry (None if refused) and what was found
     "Read, judge, cut and save one patient."
-    image, label, problems = read_case(case, table, config.max_voxels, config.assume, config.allow_mirrored)
+    image, label, problems = read_case(case, table, config.max_voxels, config.assume, config.allow_mirrored, config.label_scheme)
     if has_error(problems): return None, problems
     x, y = slices_of(image, label, config, table)
     np.save(inside(folder, f"{case.id}.x.npy"), x)

@@ -21,6 +21,7 @@ from .cases import Case, Problem, check_case_id, has_error, problems_table, writ
 from .foreign import blame, read_json
 from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write
 from .preparation import PrepareConfig, SplitRow, broken, choose, digest, duplicates, left_out, prepare_case, read_split, split_pairs, split_rows, write_split
+from .schemes import check_scheme
 from .volumes import sha256_file
 from .whole import disk_full, unwritable
 
@@ -184,7 +185,10 @@ def _fill(folder: Path, store: Path, root: Path, config: PrepareConfig, table: C
     if has_error(problems) or not entries:
         csv = write_problems(store.with_name(f"{store.name}_problems.csv"), problems)
         raise PrepareError(root, problems, f"Nothing was stored. Mend the cases below or leave them out with `exclude` (the table is also in {csv}).")
-    kept = asdict(config) if config.split else {k: v for k, v in asdict(config).items() if k != "split"}
+    kept = asdict(config)
+    for name in ("split", "label_scheme"):  # left out where they say nothing: stores of older versions have neither
+        if not kept[name]:
+            del kept[name]
     for f in (f for e in entries for f in (e["image"], e["label"]) if f): f["path"] = os.path.relpath(f["path"], root)
     m = dict(version=VERSION, config=json.loads(json.dumps(kept)), table=table.to_json(), bytes=_join(folder, entries, config.size), cases=entries)
     write_problems(folder / "problems.csv", problems)
@@ -229,6 +233,7 @@ def prepare(
     split_file: str | Path | None = None,             # who belongs to which split; None: `config` says
 ) -> Store:
     "Read, check and cut all cases once; a store that is already there is opened if it fits and refused if not."
+    check_scheme(config.label_scheme, table)
     root, store = Path(data_root), Path(os.path.abspath(store))
     scratch, foreign = store.with_name(f".{store.name}.tmp{os.getpid()}"), store.exists() and any(store.iterdir()) and not (store / "manifest.json").exists()
     if foreign: raise CTDiffusionError(store, "a folder that is no store", "a store, or nothing", "Choose another folder.")

@@ -16,6 +16,7 @@ import numpy as np
 from isal.igzip_lib import DECOMP_GZIP, IgzipDecompressor, IsalError
 from nibabel.orientations import aff2axcodes, apply_orientation, axcodes2ornt, inv_ornt_aff, io_orientation, ornt_transform
 from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write, check_labels
+from .schemes import check_anatomy, check_scheme, convert_labels, refuse_other_scheme
 
 # %% ../../nbs/02_volumes.ipynb #e82e14cf
 def nifti_bytes(data: np.ndarray, affine: np.ndarray, descrip: str = "", gz: bool = True) -> bytes:
@@ -225,24 +226,53 @@ def read_image(
     return Volume(np.maximum(hu, hu.dtype.type(AIR), out=hu), v.affine, v.source, v.notes + (padding,) * bool(share > 1e-3))
 
 # %% ../../nbs/02_volumes.ipynb #20dd6cc4
+def _whole_numbers(v: Volume, path: str | Path) -> np.ndarray:
+    "The values of a volume as ids; what lies between two ids is refused."
+    if v.data.dtype.kind != "f":
+        return v.data
+    ids = np.rint(v.data)
+    off = np.abs(v.data - ids)
+    if off.max() > 1e-3:
+        values, counts = np.unique(v.data[off > 1e-3], return_counts=True)
+        odd = ", ".join(f"{x:g} ({n} voxels)" for x, n in list(zip(values, counts))[:5])
+        raise CTDiffusionError(path, f"labels {odd}", "whole numbers", "Export the labels again without interpolation (nearest neighbour).")
+    return ids
+
 def read_labels(
     path: str | Path,              # .nii or .nii.gz
     table: ClassTable = AMOS,      # ids that may occur
-    max_voxels: int = MAX_VOXELS, assume: str | None = None,  # refuse larger volumes; orientation of files without one
+    max_voxels: int = MAX_VOXELS,  # refuse larger volumes
+    assume: str | None = None,     # orientation of files without one
     allow_body: bool = True,       # may the file hold the class "body", which we draw ourselves?
+    label_scheme: str = "",        # whose ids they are, to be converted to those of the table; "": the table's
+    anatomy: bool = False,         # refuse ids that do not fit the anatomy, but fit that of another scheme
 ) -> Volume:                       # uint8 ids
     "A label volume in RAS order: whole numbers that the class table knows."
+    check_scheme(label_scheme, table)
     v = _volume(path, max_voxels, assume)
-    ids = np.rint(v.data) if v.data.dtype.kind == "f" else v.data
-    off = np.zeros(1) if ids is v.data else np.abs(v.data - ids)
-    if off.max() > 1e-3:
-        odd = ", ".join(f"{x:g} ({n} voxels)" for x, n in list(zip(*np.unique(v.data[off > 1e-3], return_counts=True)))[:5])
-        raise CTDiffusionError(path, f"labels {odd}", "whole numbers", "Export the labels again without interpolation (nearest neighbour).")
-    if ids.min() < 0 or ids.max() >= table.n: check_labels(ids, path, table)
-    if not allow_body and table.body is not None and (ids == table.body).any():
-        raise CTDiffusionError(path, f"label {table.body} ({(ids == table.body).sum()} voxels)", "organs only: this id is kept for the body, which we draw", "Remove it, or pass a class table that names it.")
-    notes = ("labels rounded to whole numbers",) * (ids is not v.data) + ("no organ labelled",) * (not ids.any())
-    return Volume(ids.astype(np.uint8, copy=False), v.affine, v.source, v.notes + notes)
+    ids = _whole_numbers(v, path)
+    notes = v.notes
+    if ids is not v.data:
+        notes += ("labels rounded to whole numbers",)
+    if label_scheme not in ("", table.name):
+        refuse_other_scheme(ids, v.spacing, path, table, label_scheme)
+        ids, converted = convert_labels(ids, label_scheme, table, path)
+        notes += converted
+    if ids.min() < 0 or ids.max() >= table.n:
+        if label_scheme == "":
+            refuse_other_scheme(ids, v.spacing, path, table)
+        check_labels(ids, path, table)
+    body = 0 if table.body is None else int(np.count_nonzero(ids == table.body))
+    if body and not allow_body:
+        if label_scheme == "":
+            refuse_other_scheme(ids, v.spacing, path, table)
+        raise CTDiffusionError(path, f"label {table.body} ({body} voxels)", "organs only: this id is kept for the body, which we draw", "Remove it, or pass a class table that names it.")
+    ids = ids.astype(np.uint8, copy=False)
+    if anatomy and label_scheme == "":
+        notes += check_anatomy(ids, v.spacing, path, table)
+    if not ids.any():
+        notes += ("no organ labelled",)
+    return Volume(ids, v.affine, v.source, notes)
 
 # %% ../../nbs/02_volumes.ipynb #5c2fc81d
 def write_volume(

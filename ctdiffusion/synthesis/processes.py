@@ -163,6 +163,8 @@ class SynthesizeJob(Job):
     labels: str = ""         # folder of label volumes, .nii.gz
     out: str = ""            # folder for CT volumes of the same names
     images: str = ""         # folder of CTs of the same names, to find the body in; "": the labels have it
+    label_scheme: str = ""   # whose ids the labels have, e.g. totalsegmentator-v2; "": those of the model
+    body: str = ""           # estimate: where the labels have no body and there are no CTs
     model: str = "mask-demo" # a name of `embedded()`, or a run folder
     seed: int = 0
     sampler: str = ""        # "": the model's
@@ -190,7 +192,7 @@ def synthesize_job(job: SynthesizeJob, say: Callable[[str], object] = print) -> 
         return [v["out"] for v in volumes]
     place = stand_alone()
     if job.threads: torch.set_num_threads(job.threads)
-    return synthesize_many(load(job.model, job.device), volumes, *place, say, seed=job.seed, sampler=job.sampler or None, batch=job.batch)
+    return synthesize_many(load(job.model, job.device), volumes, *place, say, seed=job.seed, sampler=job.sampler or None, batch=job.batch, label_scheme=job.label_scheme, body=job.body)
 
 # %% ../../nbs/42_processes.ipynb #4bf98375
 def read_words(words: Sequence[str], job: type) -> Job:

@@ -183,6 +183,7 @@ class TrainJob(Job):
     milestones: bool = False # keep the weights of Table 1's rows
     store: str = ""          # "": run_dir/store
     class_table: str = ""    # JSON file, "": AMOS
+    label_scheme: str = ""   # whose ids the label files have, "": those of the class table
     device: str = "auto"
     threads: int = 0         # 0: torch's choice
     processes: int = 0       # on this computer; 0, 1: the notebook's own
