@@ -206,7 +206,7 @@ def _as_xyz(image, sitk) -> np.ndarray:
 def _oriented(path: Path, kind: Format, tags: dict[str, str]) -> bool:
     "Does the header say which way its axes point?"
     if kind is NRRD:
-        return bool(tags.get("NRRD_space"))
+        return tags.get("NRRD_space") == "left-posterior-superior"  # into which ITK turns RAS and LAS
     return re.search(rb"^(TransformMatrix|Rotation|Orientation)[ \t]*=", _header_text(path), re.M) is not None
 
 def _open_image(path: Path, kind: Format) -> Opened:
@@ -374,7 +374,8 @@ def _open_mgh(path: Path) -> Opened:
         raise CTDiffusionError(path, f"voxels of type {e}", "integers or real numbers", "Save the volume as int16.") from e
     shape = tuple(int(n) for n in header["dims"])
     shape = shape[:3] if shape[3] == 1 else shape
-    oriented = int.from_bytes(block[28:30], "big") == 1
+    if int.from_bytes(block[28:30], "big") != 1:
+        raise CTDiffusionError(path, "goodRASFlag 0, so neither spacing nor orientation", "both", "Export the volume again from the software that made it.")
     def read() -> np.ndarray:
         size = _MGH_HEADER + dtype.itemsize * int(np.prod(shape))
         content = _inflate(path, size + 2**20)
@@ -382,7 +383,7 @@ def _open_mgh(path: Path) -> Opened:
             raise CTDiffusionError(path, f"holds {len(content):,} of {size:,} bytes", "a whole file", _INTERRUPTED)
         voxels = np.frombuffer(content, dtype, int(np.prod(shape)), _MGH_HEADER)
         return voxels.reshape(shape, order="F").astype(dtype.newbyteorder("="))
-    return Opened(shape, tuple(map(float, header["delta"])), header.get_affine() if oriented else None, dtype.itemsize, read)
+    return Opened(shape, tuple(map(float, header["delta"])), header.get_affine(), dtype.itemsize, read)
 
 # %% ../../nbs/01_formats.ipynb #6b58f781
 def open_other(path: str | Path) -> Opened:
