@@ -1,6 +1,7 @@
 "Volumes in other files than .nii.gz: each format is read as the NIfTI original is, and what cannot be read is said."
 import gzip
 import json
+import os
 import re
 import shutil
 import struct
@@ -298,6 +299,29 @@ def test_half_a_file_and_a_foreign_file_are_refused(tmp_path, patient, name):
     with refused("a web page", "download it again"): read_image(path)
     path.write_bytes(b"")
     with refused("again"): read_image(path)
+
+
+@pytest.mark.fault("F52")
+@pytest.mark.parametrize("name", ["p.nrrd", "p.mha", "p.mgz"])
+def test_a_flipped_bit_in_compressed_voxels_is_never_read_in_silence(tmp_path, patient, name):
+    path = save(tmp_path / name, patient.hu, patient.affine)
+    whole, rng = path.read_bytes(), np.random.default_rng(0)
+    for at in (*rng.integers(1200, len(whole), 25), len(whole) - 5):
+        damaged = bytearray(whole)
+        damaged[at] ^= 1 << rng.integers(8)
+        path.write_bytes(damaged)
+        try: assert (read_image(path).data == patient.hu).all()  # bits that gzip does not use
+        except CTDiffusionError as e: assert e.path == str(path) and "again" in e.do
+
+
+@pytest.mark.fault("F52")
+def test_a_path_that_is_no_text_does_not_end_the_process(tmp_path, patient):
+    "SimpleITK would end it without a word."
+    strange = tmp_path / os.fsdecode(b"n\xff")
+    strange.mkdir()
+    for name in ("p.nrrd", "p"):
+        shutil.move(save(tmp_path / name, patient.hu, patient.affine), strange / name)
+        with refused("no text", "Rename"): read_image(strange / name)
 
 
 @pytest.mark.fault("F52")

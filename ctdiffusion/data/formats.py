@@ -178,6 +178,45 @@ def _check_start(path: Path, kind: Format) -> None:
     raise CTDiffusionError(path, found, f"{kind.name}, as its name says", _ADVICE.get(found, _AGAIN))
 
 # %% ../../nbs/01_formats.ipynb #83f0cf68
+def _check_names(path: Path) -> None:
+    "Refuse names that are no text: they would end the process inside of SimpleITK."
+    for file in (path, *volume_files(path)):
+        try:
+            str(file).encode()
+        except UnicodeEncodeError as e:
+            raise CTDiffusionError(file, "a path with bytes that are no text", "a path in UTF-8", "Rename the file or its folder.") from e
+
+def _compressed(path: Path) -> tuple[Path, int] | None:
+    "Where the deflated voxels of a NRRD or MetaImage file begin: file and byte; None if they are not deflated."
+    text = _header_text(path)
+    if not re.search(rb"^(encoding:[ \t]*gz|CompressedData[ \t]*=[ \t]*T)", text, re.M | re.I) or re.search(rb"^(line|byte) ?skip:", text, re.M):
+        return None
+    voxels = volume_files(path)[-1]
+    if voxels != path:
+        return voxels, 0
+    with open(path, "rb") as file:
+        rest = file.read(len(text) + 4)[len(text):]
+    ends = rb"(\r?\n){2}" if text.startswith(NRRD.starts) else rb"[ \t]*\r?\n"
+    line = re.match(ends, rest)
+    return path, len(text) + (len(line[0]) if line else 0)
+
+def _check_compression(path: Path, kind: Format) -> None:
+    "Inflate the voxels once and compare their checksum: ITK passes over damage."
+    where = _compressed(path)
+    if where is None:
+        return
+    voxels, begin = where
+    inflater = zlib.decompressobj(47)  # zlib or gzip
+    with open(voxels, "rb") as file:
+        file.seek(begin)
+        try:
+            while not inflater.eof and (block := inflater.unconsumed_tail or file.read(2**20)):
+                inflater.decompress(block, 2**22)
+        except zlib.error as e:
+            raise CTDiffusionError(path, f"damaged compression ({e})", f"an intact {kind.name} file", _AGAIN) from e
+    if not inflater.eof:
+        raise CTDiffusionError(path, "compressed voxels that end in the middle", "a whole file", _INTERRUPTED)
+
 def _segments(path: Path, tags: dict[str, str], layers: int) -> tuple[Segment, ...]:
     "The segments that Slicer names in the header of a NRRD file."
     numbers = sorted(int(m[1]) for key in tags if (m := re.fullmatch(r"Segment(\d{1,6})_Name", key)))
@@ -213,7 +252,7 @@ def _open_image(path: Path, kind: Format) -> Opened:
     "A NRRD or MetaImage file."
     sitk = _simpleitk(path, kind)
     _check_start(path, kind)
-    volume_files(path)
+    _check_names(path)
     reader = sitk.ImageFileReader()
     reader.SetImageIO(kind.reader)
     reader.SetFileName(str(path))
@@ -226,6 +265,7 @@ def _open_image(path: Path, kind: Format) -> Opened:
         raise CTDiffusionError(path, "complex numbers", "integers or real numbers", "Save the volume as int16.")
     tags = {key: reader.GetMetaData(key) for key in reader.GetMetaDataKeys()}
     def read() -> np.ndarray:
+        _check_compression(path, kind)
         try:
             return _as_xyz(reader.Execute(), sitk)
         except RuntimeError as e:
@@ -329,6 +369,7 @@ def _open_dicom(folder: Path) -> Opened:
     if not holds_dicom(folder):
         raise CTDiffusionError(folder, "a folder without DICOM files", _ONE_SERIES, f"Pass a file, or put the series straight into this folder. Volumes are {readable()}.")
     sitk = _simpleitk(folder, DICOM)
+    _check_names(folder)
     slices, step = _stacked(folder, [_read_slice(folder, name, sitk) for name in _series(folder, sitk)])
     first = slices[0]
     affine = np.eye(4)
