@@ -242,7 +242,7 @@ def test_package_imports_only_what_it_declares():
     "Third-party imports are core requirements, or extras inside of a function; nbdev and fastcore never; notebooks and widgets only in apps."
     imported_as = {"scikit-image": "skimage", "pillow": "PIL", "torch-fidelity": "torch_fidelity", "TotalSegmentator": "totalsegmentator"}
     named = lambda *keys: {imported_as.get(n, n) for key in keys for n in (Requirement(r).name for r in settings()[key].split())}
-    known, extras = named("requirements") | {"ctdiffusion"} | set(sys.stdlib_module_names), named("fid_requirements", "judge_requirements")
+    known, extras = named("requirements") | {"ctdiffusion"} | set(sys.stdlib_module_names), named("fid_requirements", "judge_requirements", "formats_requirements")
     wrong = []
     for path in MODULES:
         allowed, parsed = known | ONLY_APPS if path.parent.name == "apps" else known, tree(path.read_text(encoding="utf-8"))

@@ -85,7 +85,7 @@ def test_metadata_is_that_of_settings(metadata, settings):
 def test_requirements_and_extras_are_those_of_settings(metadata, settings):
     "Core requirements have no marker; each NAME_requirements of settings.ini is the extra [NAME]."
     extras = {key.removesuffix("_requirements"): settings[key].split() for key in settings if key.endswith("_requirements")}
-    assert set(metadata.get_all("Provides-Extra")) == extras.keys() == {"notebooks", "judge", "fid", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == extras.keys() == {"notebooks", "judge", "fid", "formats", "dev"}
     asked = [Requirement(r) for r in metadata.get_all("Requires-Dist")]
     def plain(r): return f"{r.name}{r.specifier}"
     assert {plain(r) for r in asked if not r.marker} == {plain(Requirement(r)) for r in settings["requirements"].split()}

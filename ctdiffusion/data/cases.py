@@ -4,17 +4,19 @@
 
 # %% auto #0
 __all__ = ['Problem', 'as_problem', 'has_error', 'problems_table', 'write_problems', 'check_case_id', 'inside', 'Case', 'is_mri',
-           'hold_out', 'find_cases', 'hu_fault', 'pair_fault', 'side_fault', 'read_case']
+           'volumes_in', 'hold_out', 'find_cases', 'hu_fault', 'grid_difference', 'pair_fault', 'on_image_grid',
+           'side_fault', 'read_case']
 
 # %% ../../nbs/04_cases.ipynb #5dc427a7
-import csv, io, re
+import csv, io, itertools, os, re
 from collections.abc import Callable, Collection
-from dataclasses import astuple, dataclass, fields
+from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 import numpy as np
 from .foreign import fits, read_json
+from .formats import case_name, format_of, holds_dicom, is_dicom, looks_like, readable, volume_files, volume_suffix
 from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write
-from .volumes import MAX_VOXELS, Volume, read_image, read_labels
+from .volumes import MAX_VOXELS, Source, Volume, read_image, read_labels
 
 # %% ../../nbs/04_cases.ipynb #1a3c2a69
 @dataclass(frozen=True)
@@ -81,21 +83,63 @@ def is_mri(id: str) -> bool:
     "AMOS22 numbers its CT scans below 500 and its MRI scans from 500."
     return bool(m := re.fullmatch(r"amos_(\d{4})", id)) and int(m[1]) >= 500
 
-def _files(folder: Path) -> tuple[dict[str, Path], list[Problem]]:
-    "The volumes of a folder by case id; unsafe names and ids that occur twice are problems."
-    found, problems = {}, []
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        id, n = re.subn(r"\.nii(\.gz)?$", "", path.name)
-        if not n or path.name.startswith("."): continue
-        try: check_case_id(id, path)
-        except CTDiffusionError as e: problems.append(as_problem(repr(id[:20]), e)); continue
-        if id in found: problems.append(Problem(id, str(path), f"the same case as {found[id].name}", "one file per case", "Delete one of the two."))
+def _what(path: Path) -> str:
+    "What lies under a name that no format has, in words."
+    if path.is_dir():
+        return "a folder without DICOM files"
+    if not path.is_file():
+        return "no file"
+    try:
+        with open(path, "rb") as file:
+            found = looks_like(file.read(352))
+    except OSError as e:
+        found = f"a file that cannot be opened ({e.strerror})"
+    return f"{found}, named {path.suffix}" if path.suffix else found
+
+def _companions(paths: list[Path]) -> set[Path]:
+    "Files that belong to the header of another: the voxels of `.hdr`, `.mhd` and `.nhdr`."
+    out = set()
+    for path in paths:
+        if volume_suffix(path).lower() in (".hdr", ".hdr.gz", ".mhd", ".nhdr", ".seg.nhdr", ".nrrd", ".mha"):
+            try:
+                out.update(volume_files(path)[1:])
+            except (CTDiffusionError, OSError):
+                pass  # said when the volume is read
+    return out
+
+def _not_read(folder: Path, strange: list[Path]) -> list[Problem]:
+    "A note for everything that is no volume; loose DICOM files are one note together."
+    slices = [path for path in strange if is_dicom(path)]
+    notes = [Problem("", str(path), f"{_what(path)}: not read", readable(), "Convert it if it is a patient's volume.", "note") for path in strange if path not in slices]
+    if slices:
+        notes.append(Problem("", str(folder), f"{len(slices)} DICOM files straight in the folder ({slices[0].name}, ...): not read", "a folder of its own for every patient", "Put each patient's series into a folder with the patient's name.", "note"))
+    return notes
+
+def volumes_in(
+    folder: str | Path,                         # images or label maps
+) -> tuple[dict[str, Path], list[Problem]]:     # files by case id, and what is wrong
+    "The volumes of a folder by case id. Unsafe names and ids that occur twice are errors; what is no volume is a note."
+    folder, found, problems, strange = Path(folder), {}, [], []
+    paths = [f for f in sorted(folder.iterdir()) if not f.name.startswith(".")] if folder.is_dir() else []
+    companions = _companions(paths)
+    for path in (p for p in paths if p not in companions):
+        if (path.is_dir() and not holds_dicom(path)) or format_of(path) is None:
+            strange.append(path)
+            continue
+        id = path.name if path.is_dir() else case_name(path)
+        try:
+            check_case_id(id, path)
+        except CTDiffusionError as e:
+            problems.append(as_problem(repr(id[:20]), e))
+            continue
+        if id in found:
+            problems.append(Problem(id, str(path), f"the same case as {found[id].name}", "one file per case", "Delete one of the two."))
         found.setdefault(id, path)
-    return found, problems
+    return found, problems + _not_read(folder, strange)
 
 def _pairs(images: Path, labels: Path, split: str) -> tuple[list[Case], list[Problem]]:
     "Images and labels of the same name (nnU-Net's `_0000` is understood); what has no partner is a problem."
-    (image, p), (label, q) = _files(images), _files(labels)
+    (image, p), (label, q) = volumes_in(images), volumes_in(labels)
     image = {i.removesuffix("_0000") if i not in label and i.removesuffix("_0000") in label else i: f for i, f in image.items()}
     p += [Problem(i, str(image[i]), "an image without label", f"{labels / i}.nii.gz", "Add the label or move the image away.") for i in image.keys() - label.keys()]
     q += [Problem(i, str(label[i]), "a label without image", f"{images / i}.nii.gz", "Add the image or move the label away.") for i in label.keys() - image.keys()]
@@ -111,21 +155,52 @@ def hold_out(cases: list[Case], every: int = 5) -> list[Case]:
 # %% ../../nbs/04_cases.ipynb #52abd815
 _LAYOUTS = (("imagesTr", "labelsTr", "train"), ("imagesVa", "labelsVa", "val"), ("images", "labels", "train"))
 
+def _stays(name: str) -> bool:
+    "Does a path, as it is written, stay inside of the folder it is counted from?"
+    if "\0" in name:
+        raise ValueError("a zero byte")
+    return not os.path.isabs(name) and os.path.normpath(name).split(os.sep)[0] != ".."
+
+def _is_there(root: Path, name: str, image: bool) -> bool:
+    "Is a listed file there? Links are followed, and nnU-Net lists images without their `_0000`."
+    path = root / name
+    if path.exists():
+        return True
+    suffix = volume_suffix(path)
+    return image and path.with_name(f"{case_name(path)}_0000{suffix}").exists()
+
+def _entries(dataset: dict, key: str) -> tuple[list[tuple[str, bool]], object]:
+    "The paths under a key, each with whether it is an image's; and what is no entry."
+    rows = dataset.get(key, [])
+    if not fits(rows, list[dict]):
+        return [], rows
+    wrong = [row for row in rows if not all(fits(row.get(side), str) for side in ("image", "label"))]
+    return [(row[side], side == "image") for row in rows if row not in wrong for side in ("image", "label")], wrong
+
 def _listed(root: Path, limit: int = 2**23) -> list[Problem]:
     "Files that dataset.json promises but the folder does not hold."
     path = root / "dataset.json"
-    bad = lambda found, expected: [Problem("", str(path), found, expected, "Download dataset.json again, or delete it: only the files count.")]
-    if not path.is_file(): return []
+    def bad(found: str, expected: str) -> list[Problem]:
+        return [Problem("", str(path), found, expected, "Download dataset.json again, or delete it: only the files count.")]
+    if not path.is_file():
+        return []
+    missing = []
     try:
-        d, names = read_json(path, limit=limit), []
+        dataset = read_json(path, limit=limit)
         for key in ("training", "validation"):
-            wrong = [row for row in d.get(key, []) if not all(fits(row.get(side), str) for side in ("image", "label"))] if fits(d.get(key, []), list[dict]) else d[key]
-            if wrong: return bad(f"{key}: {str(wrong)[:80]}", '[{"image": "./imagesTr/...", "label": "./labelsTr/..."}, ...]')
-            names += [row[side] for row in d.get(key, []) for side in ("image", "label")]
-        missing = [n for n in names if not inside(root, n).exists()]
-    except CTDiffusionError as e: return bad(e.found[:120], e.expected)
-    except (ValueError, OSError) as e: return bad(f"a path that is none ({str(e)[:80]})", "paths inside of the folder")
-    return [Problem(re.sub(r"\.nii(\.gz)?$", "", Path(n).name), str(root / n), "listed in dataset.json but missing", "the file", "Download or unpack the data again.") for n in missing]
+            names, wrong = _entries(dataset, key)
+            if wrong:
+                return bad(f"{key}: {str(wrong)[:80]}", '[{"image": "./imagesTr/...", "label": "./labelsTr/..."}, ...]')
+            for name, image in names:
+                if not _stays(name):
+                    return bad(f"{name[:80]!r} leaves {root}", "a path inside that folder")
+                if not _is_there(root, name, image):
+                    missing.append(name)
+    except CTDiffusionError as e:
+        return bad(e.found[:120], e.expected)
+    except (ValueError, OSError) as e:
+        return bad(f"a path that is none ({str(e)[:80]})", "paths inside of the folder")
+    return [Problem(case_name(n), str(root / n), "listed in dataset.json but missing", "the file", "Download or unpack the data again.") for n in missing]
 
 def find_cases(
     data_root: str | Path,                # folder with imagesTr/labelsTr(/imagesVa/labelsVa) or images/labels
@@ -139,7 +214,9 @@ def find_cases(
     for images, labels, split in _LAYOUTS if labelled else [(i, "", "unlabelled") for i, _, _ in _LAYOUTS if (root / i).is_dir()] or [("", "", "unlabelled")]:
         c, p = _pairs(root / images, root / labels, split) if labelled else _alone(root / images)
         cases, problems = cases + c, problems + p
-    if not cases and not problems: raise CTDiffusionError(root, "no volumes", "imagesTr and labelsTr, or images and labels", "data_instructions.md shows the tree.")
+    if not cases and not has_error(problems):
+        seen = "".join(f"; {p.path}: {p.found}" for p in problems[:5])
+        raise CTDiffusionError(root, f"no volumes{seen}", f"imagesTr and labelsTr, or images and labels, with {readable()}", "data_instructions.md shows the tree.")
     twice = {c.id for c in cases if sum(d.id == c.id for d in cases) > 1}
     problems = [p for p in problems if not is_mri(p.case)] + [Problem(i, str(root), "one id in two folders", "every patient once", "Rename or remove one of the two.") for i in sorted(twice)]
     problems += [Problem(c.id, str(c.image), "an MRI scan (AMOS id 500 or more)", "CT", "Left out.", "note") for c in cases if is_mri(c.id)]
@@ -147,7 +224,7 @@ def find_cases(
     return hold_out(cases, every) if labelled and all(c.split == "train" for c in cases) else cases, problems
 
 def _alone(folder: Path) -> tuple[list[Case], list[Problem]]:
-    files, problems = _files(folder)
+    files, problems = volumes_in(folder)
     return [Case(i, f, None, "unlabelled") for i, f in files.items()], problems
 
 # %% ../../nbs/04_cases.ipynb #ef6d6993
@@ -168,13 +245,63 @@ def hu_fault(hu: np.ndarray) -> tuple[str, str, str] | None:
     if share < .03 or not -150 < soft < 250: return f"{found}: {share:.0%} soft tissue, and what is no air lies near {soft:.0f}", air, "Slope or intercept are wrong: export the CT again."
 
 # %% ../../nbs/04_cases.ipynb #89b9c2c1
-def pair_fault(image: Volume, label: Volume, tolerance: float = 1e-3) -> tuple[str, str, str] | None:
-    "What is wrong between an image and its label, both in RAS order; the tolerance is a fraction of the spacing."
+def grid_difference(
+    image: Volume,
+    label: Volume,                     # of the same shape
+) -> tuple[float, float, float]:       # nearest corner (voxels), an axis (share of its spacing), farthest corner (mm along an axis)
+    "How far the voxels of two RAS volumes are apart in the patient."
+    last = [n - 1 for n in image.data.shape]
+    corners = np.array([[*corner, 1] for corner in itertools.product(*zip((0, 0, 0), last))]).T
+    apart = np.abs(((image.affine - label.affine) @ corners)[:3])
+    voxels = (apart / image.spacing[:, None]).max(0)
+    axes = np.linalg.norm((image.affine - label.affine)[:3, :3], axis=0) / image.spacing
+    return float(voxels.min()), float(axes.max()), float(apart.max())
+
+def pair_fault(
+    image: Volume,
+    label: Volume,
+    tolerance: float = 1e-3,           # of an axis, as a share of its spacing; ten times as much of a voxel for the origin
+) -> tuple[str, str, str] | None:      # found, expected, what to do
+    "What is wrong between an image and its label, both in RAS order; None if they share a grid, but for rounding."
     do = "Resample the label to the grid of the image with nearest neighbour."
-    if image.data.shape != label.data.shape: return f"label of {label.source.shape}, image {image.source.path} of {image.source.shape}", "equal shapes", do
-    off, matrix = np.abs(image.affine - label.affine)[:3], lambda v: v.affine[:3].round(4).tolist()
-    far = (off @ [*image.data.shape, 1]).max()  # mm at the last voxel, at most
-    if max(off.max(), far / 100) > tolerance * image.spacing.min(): return f"affine {matrix(label)}, image {image.source.path} {matrix(image)}, up to {far:.3g} mm apart", "the same grid", do
+    if image.data.shape != label.data.shape:
+        return f"label of {label.source.shape}, image {image.source.path} of {image.source.shape}", "equal shapes", do
+    nearest, axis, farthest = grid_difference(image, label)
+    if nearest <= 10 * tolerance and axis <= tolerance:
+        return None
+    theirs, ours = (v.affine[:3].round(4).tolist() for v in (label, image))
+    return f"affine {theirs}, image {image.source.path} {ours}, up to {farthest:.3g} mm apart", "the same grid", do
+
+def _uncropped(image: Volume, label: Volume) -> Volume:
+    "A segmentation without its empty border, back in its image; the label itself if it does not lie on whole voxels of it."
+    steps = np.linalg.inv(image.affine) @ label.affine  # voxel of the label to voxel of the image
+    begin = np.rint(steps[:3, 3]).astype(int)
+    end = begin + label.data.shape
+    whole = np.abs(steps[:3, 3] - begin).max() <= 0.05 and np.abs(steps[:3, :3] - np.eye(3)).max() <= 1e-3
+    if not whole or begin.min() < 0 or (end > image.data.shape).any():
+        return label
+    data = np.zeros(image.data.shape, label.data.dtype, order="F")
+    data[tuple(slice(b, e) for b, e in zip(begin, end))] = label.data
+    source = Source(label.source.path, image.source.shape, image.source.affine, label.source.sha256, label.source.cropped)
+    return Volume(data, image.affine, source, label.notes)
+
+def on_image_grid(
+    image: Volume,
+    label: Volume,
+) -> tuple[Volume, tuple[str, ...]]:   # the label, and what was done to it
+    "A label as lying on the voxels of its image: rounded origins and spacings forgiven, a cropped segmentation put back."
+    notes = ()
+    if label.source.cropped and label.data.shape != image.data.shape:
+        small, label = label, _uncropped(image, label)
+        if label is not small:
+            notes = (f"a segmentation of {small.data.shape} voxels, put back into the {image.data.shape} of the image",)
+    if pair_fault(image, label):
+        return label, notes
+    nearest, _, farthest = grid_difference(image, label)
+    off = np.abs(image.affine - label.affine)[:3].max()
+    if max(off, nearest * image.spacing.min(), farthest / 100) > 1e-3 * image.spacing.min():
+        notes += (f"a grid up to {farthest:.3g} mm from the image's, as by rounding: taken as the same",)
+    return replace(label, affine=image.affine), notes
 
 # %% ../../nbs/04_cases.ipynb #9977e0b2
 _SIDES = (("liver", "spleen"), ("kidney_right", "kidney_left"))  # the first lies to the right of the second
@@ -213,6 +340,9 @@ def read_case(
     problems, kw = [], dict(max_voxels=max_voxels, assume=assume)
     image = _try(read_image, case, case.image, problems, **kw)
     label = _try(read_labels, case, case.label, problems, table=table, allow_body=False, label_scheme=label_scheme, anatomy=True, **kw) if case.label else None
+    if image and label:
+        label, moved = on_image_grid(image, label)
+        problems += [Problem(case.id, str(case.label), note, "", "Nothing to do.", "note") for note in moved]
     faults = [(case.image, hu_fault(image.data))] if image else []
     if image and label: faults.append((case.label, pair_fault(image, label)))
     if label and case.id not in allow_mirrored: faults.append((case.label, side_fault(label.data, table)))

@@ -7,15 +7,16 @@ __all__ = ['PrepareConfig', 'slices_of', 'digest', 'entry', 'prepare_case', 'cho
            'split_pairs', 'left_out', 'split_rows', 'write_split', 'broken', 'duplicates']
 
 # %% ../../nbs/05_preparation.ipynb #a71ffd94
-import csv, gzip, hashlib, io, json, os, re, zlib
+import csv, hashlib, io, json, re
 from dataclasses import dataclass, replace
 from pathlib import Path
 import numpy as np
 from nibabel.orientations import io_orientation
 from .cases import Case, Problem, check_case_id, find_cases, has_error, inside, is_mri, read_case
 from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write
+from .formats import stamp
 from .slices import axial, body_mask, resize_images, resize_labels, window, with_body
-from .volumes import MAX_VOXELS, Volume, check_header
+from .volumes import MAX_VOXELS, Volume, read_header
 
 # %% ../../nbs/05_preparation.ipynb #14888ccf
 @dataclass(frozen=True)
@@ -73,8 +74,9 @@ def digest(*parts: bytes | np.ndarray | object) -> str:
 def entry(case: Case, image: Volume, label: Volume | None, x: np.ndarray, y: np.ndarray) -> dict:
     "What the manifest says about a patient and its stored slices."
     (sx, sy, _), (nx, ny, nz), size = image.spacing.tolist(), image.data.shape, x.shape[1]
-    stat = lambda v, s: dict(path=v.source.path, sha256=v.source.sha256, bytes=s.st_size, mtime_ns=s.st_mtime_ns)
-    file = lambda v: stat(v, os.stat(v.source.path))
+    def file(v: Volume) -> dict:
+        size, changed = stamp(v.source.path)
+        return dict(path=v.source.path, sha256=v.source.sha256, bytes=size, mtime_ns=changed)
     return dict(id=case.id, split=case.split, slices=nz, shape=[nx, ny, nz], spacing=image.spacing.tolist(), pixel=[sy * ny / size, sx * nx / size],
                 affine=image.source.affine.tolist(), axcodes=image.source.axcodes, source_shape=list(image.source.shape), body=round(float(np.count_nonzero(y) / y.size), 4),
                 image=file(image), label=file(label) if label else None, voxels=digest(axial(image.data)[:, ::16]), sha256=digest(x, y))
@@ -131,13 +133,10 @@ def choose(
 
 # %% ../../nbs/05_preparation.ipynb #c50ad11f
 def count_slices(path: str | Path) -> int:
-    "Axial slices of a volume, from its header alone."
-    with open(path, "rb") as f: head = f.read(2)
-    try:
-        with (gzip.open if head == b"\x1f\x8b" else open)(path, "rb") as f: block = f.read(540)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise CTDiffusionError(path, f"damaged compression ({e})", "an intact gzip file", "Download the file again.") from e
-    header = check_header(block, path, os.path.getsize(path))
-    return header.shape[int(np.abs(io_orientation(header.affine)[:, 0] - 2).argmin())]
+    "Axial slices of a volume in any format, from its header alone."
+    header = read_header(path)
+    axial_axis = np.abs(io_orientation(header.affine)[:, 0] - 2).argmin()
+    return header.shape[int(axial_axis)]
 
 # %% ../../nbs/05_preparation.ipynb #5b1d07a2
 @dataclass(frozen=True)
@@ -196,7 +195,7 @@ def split_pairs(rows: list[SplitRow]) -> tuple[tuple[str, str], ...]:
 def left_out(data_root: str | Path, config: PrepareConfig) -> dict[str, str]:
     "Why a patient of the folder is in neither split, by id."
     cases, problems = find_cases(data_root, config.labels == "required", config.every)
-    return {p.case: p.found for p in problems if p.severity == "note"} | _sides(cases, config)[1]
+    return {p.case: p.found for p in problems if p.severity == "note" and p.case} | _sides(cases, config)[1]
 
 def split_rows(
     entries: list[dict],  # of a manifest: who was used

@@ -19,10 +19,10 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 from .cases import Case, Problem, check_case_id, has_error, problems_table, write_problems
 from .foreign import blame, read_json
+from .formats import stamp, volume_sha256
 from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write
 from .preparation import PrepareConfig, SplitRow, broken, choose, digest, duplicates, left_out, prepare_case, read_split, split_pairs, split_rows, write_split
 from .schemes import check_scheme
-from .volumes import sha256_file
 from .whole import disk_full, unwritable
 
 # %% ../../nbs/06_store.ipynb #fa7fc56f
@@ -122,8 +122,11 @@ def stale(store: Store, data_root: str | Path) -> str | None:
     if now != then: return f"other cases: {', '.join(sorted(i for _, i in now ^ then)[:5])}"
     for f in (f for c in store.cases for f in (c["image"], c["label"]) if f):
         path = Path(data_root) / f["path"]
-        s = path.stat() if path.exists() else None
-        if s is None or (s.st_size, s.st_mtime_ns) != (f["bytes"], f["mtime_ns"]) and sha256_file(path) != f["sha256"]: return f"{path} has changed"
+        if not path.exists():
+            return f"{path} has changed"
+        untouched = stamp(path) == (f["bytes"], f["mtime_ns"])
+        if not untouched and volume_sha256(path) != f["sha256"]:
+            return f"{path} has changed"
 
 # %% ../../nbs/06_store.ipynb #9ae969ae
 def ticker(
