@@ -189,6 +189,14 @@ def test_a_store_that_is_elsewhere(alone):
         open_job(EvaluateJob(str(folder / "run")), quiet)
 
 
+def test_a_shared_folder_that_cannot_be_made_is_refused_before_the_work(alone, tmp_path):
+    folder, store = alone
+    (tmp_path / "file").write_text("no folder")
+    job = EvaluateJob(str(folder / "run"), store=str(store.path), shared=str(tmp_path / "file" / "shared"))
+    with pytest.raises(CTDiffusionError, match="-p shared"):
+        open_job(job, quiet)
+
+
 def test_a_model_of_another_size_is_refused_before_the_judge_is_trained(alone, tmp_path):
     folder, _ = alone
     prepare(folder / "data", tmp_path / "small", PrepareConfig(32))

@@ -90,7 +90,7 @@ def test_judges_of_other_data_and_of_other_steps_lie_beside_each_other(tmp_path)
     assert judge_of(job, stores[0], quiet).protocol == protocols[0]
 
 
-@pytest.mark.parametrize("slices, steps", [(1, 1000), (54, 1000), (200, 1000), (300, 1500), (850, 4000), (15489, 4000)])
+@pytest.mark.parametrize("slices, steps", [(1, 1000), (54, 1000), (160, 1000), (300, 1875), (820, 4000), (15489, 4000)])
 def test_few_slices_need_fewer_steps_and_those_of_the_demo_all(slices, steps):
     assert steps_for(slices) == steps
 

@@ -117,6 +117,18 @@ def _no_store(folder: Path) -> CTDiffusionError:
         "Give its folder: -p store FOLDER, the one that train or prepare was given.",
     )
 
+def _make_shared(folder: Path) -> None:
+    "Make the folder that runs share, or say which parameter names another one."
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise CTDiffusionError(
+            folder,
+            f"a folder that cannot be made ({e.strerror})",
+            "a folder that you may write to",
+            "Give one of yours: -p shared FOLDER.",
+        ) from e
+
 def open_job(
     job: EvaluateJob,
     say: Callable[[str], object] = print,
@@ -130,6 +142,7 @@ def open_job(
         raise _no_store(folder)
     store = open_store(folder)
     check_model(load(run, "cpu", steps[-1]), store)
+    _make_shared(job.folder("shared"))
     for note in (*store_notes(store), *run_notes(read_run(run), store)):
         say(f"NOTE: {note}")
     return run, store, steps

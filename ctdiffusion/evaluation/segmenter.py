@@ -44,8 +44,9 @@ class SegmenterConfig(Config):
 def steps_for(
     slices: int,  # to train on
 ) -> int:
-    "Steps that a judge of so many training slices needs: some eighty passes over them, 1,000 to 4,000 steps."
-    return min(SegmenterConfig().steps, max(1000, 5 * slices))
+    "Steps that a judge of so many training slices needs: a hundred passes over them, 1,000 to 4,000 steps."
+    config = SegmenterConfig()
+    return min(config.steps, max(1000, math.ceil(100 * slices / config.batch)))
 
 # %% ../../nbs/55_segmenter.ipynb #5ec93938
 def around(rows: np.ndarray, start: int | np.ndarray, stop: int | np.ndarray, k: int = 2) -> np.ndarray:  # (B, 2 k + 1); start and stop of the patient, of each or of all
