@@ -191,7 +191,7 @@ def synthesize_share(job: EvaluateJob, say: Callable[[str], object] = print) -> 
     (rank, world), done = stand_alone(), 0
     if job.threads: torch.set_num_threads(job.threads)
     store, seed = open_store(job.folder("store"), verify=False), read_run(job.run_dir)["seed"]
-    judge = judge_of(job, store, say) if _ready(job) else None
+    judge = judge_of(job, store, lambda line: None) if _ready(job) else None
     for step in kept_steps(job.run_dir, job.milestones):
         model, folder = load(job.run_dir, job.device, step), Path(job.run_dir) / "evaluation" / f"step_{step:08d}"
         check_model(model, store)
