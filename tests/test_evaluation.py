@@ -237,7 +237,7 @@ def test_the_job_through_papermill(root, data, run, tmp_path):
     assert "process 1 of 2: step 30" in log.read_text() and len(judged) == 8 and max(f.stat().st_mtime for f in judged) <= log.stat().st_mtime  # judged by the children, too
     rows = [read_results(f) for f in sorted((run / "evaluation").glob("*/results.json"))]
     assert [r["milestone"] for r in rows] == ["10k", "50k", "100k", "150k"] and all(r["n"]["patients"] == 2 and r["judge"].startswith("MONAI") for r in rows)
-    assert (tmp_path / "shared" / "judge" / "segmenter.json").exists() and {f.parent.name for f in (tmp_path / "shared").glob("*/results.json")} == set(REFERENCES)
+    assert (tmp_path / "shared" / "judge-30-steps" / "segmenter.json").exists() and {f.parent.name for f in (tmp_path / "shared").glob("*/results.json")} == set(REFERENCES)
     execute(0)
     text = Path(tmp_path / "out.ipynb").read_text()
     assert text.count("found finished") == 7

@@ -155,7 +155,8 @@ def test_folders_that_are_refused(store, tmp_path):
     other = SegmenterConfig(**TINY.to_dict() | dict(steps=6))
     with pytest.raises(CTDiffusionError, match="another store"): train_segmenter(FakeStore(hash="f" * 16), tmp_path / "a", TINY, "cpu", silent)
     with pytest.raises(CTDiffusionError, match="another config"): train_segmenter(store, tmp_path / "a", other, "cpu", silent)
-    def kill(line): raise Killed
+    def kill(line):
+        if line.startswith("step"): raise Killed
     with pytest.raises(Killed): train_segmenter(store, tmp_path / "b", TINY, "cpu", kill, save_seconds=0)
     with pytest.raises(CTDiffusionError, match="another config"): train_segmenter(store, tmp_path / "b", other, "cpu", silent)
     weights = tmp_path / "a/weights.safetensors"

@@ -213,7 +213,7 @@ class TotalSegmentator:
         "What keeps it from starting."
         number = tuple(int(n) for n in self.version.split(".")[:2] if n.isdigit())
         if number < _NEEDED: return CTDiffusionError(self.name, f"version {self.version}" if self.version else "no such package", f"{'.'.join(map(str, _NEEDED))} or newer",
-                                                    f"pip install 'ctdiffusion[judge]', or in an environment of its own: {_INSTALL}, and pass its python.")
+                                                    f"pip install 'ctdiffusion[judge]', or in an environment of its own: {_INSTALL}, and pass its python (`python=.venv-judge/bin/python`; to evaluate.ipynb -p judge_python .venv-judge/bin/python). Or take -p judge embedded, which needs no package.")
         if missing := [f for f in MODES[self.mode][1] if not checkpoints(self.root / f)]:
             return CTDiffusionError(self.root, f"no weights in {', '.join(missing)}", "plans.json, dataset.json and fold_0/checkpoint_final.pth in every folder",
                                     f"Unzip {_URL.format(folder=missing[0])} there{', and likewise the others' * (len(missing) > 1)}, or point TOTALSEG_WEIGHTS_PATH at them. Nothing is downloaded by itself.")

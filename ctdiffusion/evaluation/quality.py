@@ -125,10 +125,14 @@ def hu_errors(
     fake: np.ndarray,
     labels: np.ndarray,
     table: ClassTable = AMOS,
+    level: float = 40,   # of the window that made the slices, HU
+    width: float = 400,
 ) -> dict[str, float]:   # organ -> HU
     "Median HU of the synthetic organ minus that of the real one, inside the window."
-    r, f = (organ_medians(unwindow(_unit(x)), labels, table) for x in _paired(real, fake))
-    return {c.name: f[c.name] - r[c.name] for c in table.organs if c.name in r}
+    real, fake = _paired(real, fake)
+    there = organ_medians(unwindow(_unit(real), level, width), labels, table)
+    made = organ_medians(unwindow(_unit(fake), level, width), labels, table)
+    return {c.name: made[c.name] - there[c.name] for c in table.organs if c.name in there}
 
 # %% ../../nbs/50_quality.ipynb #18b662d6
 DICE = "Dice x 100 per volume, nan where the mask has no organ, 0 where only the prediction has none; mean over volumes"

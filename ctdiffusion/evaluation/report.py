@@ -66,6 +66,16 @@ class Table:
     bold: pd.DataFrame   # the same shape
     protocol: list[str]  # per row, what rows do not share
 
+def _shared_notes(results: Sequence[Mapping]) -> list[str]:
+    "What every result notes, for the caption."
+    notes = [r.get("notes", []) for r in results]
+    return [note for note in (notes[0] if notes else []) if all(note in other for other in notes)]
+
+def _own_notes(results: Sequence[Mapping], shared: Sequence[str]) -> str:
+    "What the results of one row note beyond that, for its protocol."
+    own = dict.fromkeys(note for r in results for note in r.get("notes", []) if note not in shared)
+    return "".join(f"; {note}" for note in own)
+
 def _mean(results: Sequence[Mapping], column: Column) -> float:
     return float(np.mean([value(r, column.key) for r in results])) if results else np.nan
 
@@ -74,12 +84,12 @@ def _winners(groups: Mapping[tuple, Sequence]) -> dict[tuple, list]:
     means = pd.DataFrame([[_mean(g, c) for c in COLUMNS] for g in groups.values()], list(groups), [c.key for c in COLUMNS])
     return {key: flags.tolist() for _, part in means.groupby([m for _, m in groups]) for key, flags in best(part).iterrows()}
 
-def _lines(key: tuple, ours: Sequence[Mapping], paper: Sequence[Mapping], is_fid: bool) -> list[tuple]:
+def _lines(key: tuple, ours: Sequence[Mapping], paper: Sequence[Mapping], is_fid: bool, shared: Sequence[str] = ()) -> list[tuple]:
     "Label, cells and protocol of a row: ours, and below it the paper's and the difference if it has the row."
     steps = "/".join(sorted({str(r["step"]) for r in ours if r["step"] is not None}))
     whose = ", ".join(["ours", *[f"step {steps}"] * bool(steps), *[f"{len(ours)} seeds"] * (len(ours) > 1)])
     label, texts = (key[1] or DASH, METHODS.get(key[0], f"{key[0]} (not in the paper)")), lambda rs: [cell(c, [value(r, c.key) for r in rs]) for c in COLUMNS]
-    lines = [((*label, whose), texts(ours), _said(ours, ("preset", "start", "sampler", "seed", "checkpoint")))]
+    lines = [((*label, whose), texts(ours), _said(ours, ("preset", "start", "sampler", "seed", "checkpoint")) + _own_notes(ours, shared))]
     if not paper: return lines
     gaps = [_mean(ours, c) - _mean(paper, c) if is_fid or c.key != "distance" else np.nan for c in COLUMNS]
     signed = [DASH if np.isnan(g) else f"{g:+.{c.digits}f}" for c, g in zip(COLUMNS, gaps)]
@@ -99,14 +109,16 @@ def table(
     ours = {key: found.get(key, []) for key in paper}
     extra = {key: g for key, g in found.items() if key[0] not in METHODS and key[1] in (None, *(m for _, m in paper))}
     distance = next((r["metrics"]["distance_name"] for r in results if r["metrics"]["distance_name"]), "FID")
+    shared = _shared_notes(results)
     wins, printed, lines, bold = _winners(ours), _winners(paper), [], []
     for key, group in (ours | extra).items():
-        lines += _lines(key, group, paper.get(key, []), distance == "FID")
+        lines += _lines(key, group, paper.get(key, []), distance == "FID", shared)
         bold += [wins[key], printed[key], none] if key in paper else [none]
     heads = [f"{c.header} {'↓' if c.low else '↑'}" for c in COLUMNS]
     heads[0] = heads[0] if distance == "FID" else f"{distance} (paper: FID) ↓"
     index = pd.MultiIndex.from_tuples([line[0] for line in lines], names=["Iter.", "Methods", "Numbers"])
     caption = f"Table {number}, ours beside the paper's. {_said(results, ('data', 'judge', 'features', 'n'))}. {_footnote}"
+    caption += "".join(f" {note[:1].upper()}{note[1:]}." for note in shared)
     return Table(f"table{number}", caption, pd.DataFrame([line[1] for line in lines], index, heads), pd.DataFrame(bold, index, heads), [line[2] for line in lines])
 
 # %% ../../nbs/52_report.ipynb #ad19817a
