@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..data.alignment import side_fault
+from ..data.cases import check_pair
 from ..data.foreign import parse_json, read_tensors
 from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write, write_ctbl, write_itksnap
 from ..data.slices import axial, body_mask, resize_images, resize_labels, unaxial, unwindow, with_body
@@ -182,15 +184,28 @@ def complete_labels(
     image: str | Path | None = None,  # CT on the same grid, to find the body in
     table: ClassTable = AMOS,
 ) -> Volume:                          # ids with the body, RAS
-    "A label volume in which the body is drawn."
+    "A label volume in which the body is drawn; an image is checked as `prepare` does it."
     v = read_labels(labels, table)
-    if table.body is None or (v.data == table.body).any(): return v
+    if table.body is None or (v.data == table.body).any():
+        unused = (f"the body is in the label map, so {image} was not looked at",) if image is not None else ()
+        return Volume(v.data, v.affine, v.source, v.notes + unused)
     if image is None:
         raise CTDiffusionError(labels, "organs but no body", f"label {table.body} wherever the patient is", "Pass image=, the CT the labels belong to, to have the body drawn.")
     ct = read_image(image)
-    if ct.data.shape != v.data.shape: raise CTDiffusionError(image, f"shape {ct.data.shape}", f"{v.data.shape} as in {labels}", "Pass the CT the labels were drawn on.")
+    notes = v.notes + ct.notes + _pair_notes(ct, v, table)
     body = body_mask(ct.data, ct.spacing, v.data)
-    return Volume(with_body(v.data, body, table.body), v.affine, v.source, v.notes)
+    return Volume(with_body(v.data, body, table.body), v.affine, v.source, notes)
+
+def _pair_notes(ct: Volume, labels: Volume, table: ClassTable) -> tuple[str, ...]:
+    "What is odd about a CT and its label map; an error if the body must not be taken from this CT."
+    confirm = " If it is right all the same, draw the body into the label map: then no image is needed."
+    problems = check_pair(Path(labels.source.path).name, ct, labels, table, mirrored=True, confirm=confirm)
+    for p in problems:
+        if p.severity == "error":
+            raise CTDiffusionError(p.path, p.found, p.expected, p.do)
+    side = side_fault(labels.data, table)
+    mirrored = (f"{side[0]}: mirrored, or situs inversus",) if side else ()
+    return tuple(p.found for p in problems) + mirrored
 
 # %% ../../nbs/40_synthesis.ipynb #108a86a7
 def to_hu(
