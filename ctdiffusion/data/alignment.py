@@ -163,7 +163,8 @@ def _shift_words(shift: np.ndarray) -> str:
     return " and ".join(parts)
 
 # %% ../../nbs/03_alignment.ipynb #f65ea509
-_FEWEST = 30    # samples inside of the organs; with fewer nothing is said
+_FEWEST = 10    # samples outside of soft tissue; with fewer nothing is said
+_SEVERAL = 3    # organs; one organ may find soft tissue elsewhere by chance
 _CLEAR = 15.0   # mm; a shorter shift is no proof that the label map was moved
 
 def _repair(
@@ -171,10 +172,10 @@ def _repair(
     points: np.ndarray,
     organ: np.ndarray,
     table: ClassTable,
-) -> tuple[str, bool]:  # what to do, and whether it proves that the label map is misplaced
+) -> tuple[str, bool]:  # what to do, and whether it is a clear repair
     share, words = best_flip(pair, points, organ, table)
     if share < NOTE:
-        return f"Flip the voxels of the label map {words}: then it is {share:.1%}. It was probably saved with the affine of another file.", True
+        return f"Flip the voxels of the label map {words}: then it is {share:.1%}. Was it saved with the affine of another file?", True
     share, shift = best_shift(pair, points, organ, table)
     if share < NOTE:
         far = bool(np.linalg.norm(shift) > _CLEAR)
@@ -189,15 +190,14 @@ def placement_fault(
     if min(pair.labels.shape) < 3:
         return None
     points, organ = organ_interior(pair.labels, table)
-    if len(points) < _FEWEST:
-        return None
     values = organ_values(organ, mean_hu(pair.hu, points), table)
     share = outside_share(values)
-    if share <= NOTE:
+    if share <= NOTE or sum(v.outside for v in values.values()) < _FEWEST:
         return None
     worst = sorted(values.items(), key=lambda item: item[1].outside / item[1].voxels, reverse=True)
     organs = ", ".join(f"{n} {v.outside / v.voxels:.0%} (median {v.median:.0f} HU)" for n, v in worst[:3] if v.outside)
-    do, sure = _repair(pair, points, organ, table)
+    do, clear = _repair(pair, points, organ, table)
+    sure = clear and len(values) >= _SEVERAL
     low, high = SOFT_TISSUE
     return (f"labels beside their organs: {share:.1%} of the inside of the solid organs is air, fat or bone: {organs}",
             f"less than {NOTE:.0%} outside of {low} to {high} HU", do, "error" if sure or share > ERROR else "note")
@@ -259,12 +259,15 @@ def find_spine(
     density = gaussian_filter(bone.mean(2), 10 / pair.spacing[:2]) * outline
     if density.max() < 0.05:
         return None
-    spacing = pair.spacing[:2]
-    spine = np.array(np.unravel_index(density.argmax(), density.shape)) * spacing
-    body = np.argwhere(outline)
-    centre = body.mean(0) * spacing
-    width = np.ptp(body[:, 0]) * spacing[0]
-    if abs(spine[0] - centre[0]) > width / 5:  # a hip or an arm
+    body = np.argwhere(outline) * pair.spacing[:2]
+    density = density[outline]
+    centre = body.mean(0)
+    spine = body[density.argmax()]
+    width = np.ptp(body[:, 0])
+    middle = np.abs(body[:, 0] - centre[0]) < width / 5
+    elsewhere = np.linalg.norm(body - spine, axis=1) > 50
+    rival = density[middle & elsewhere].max(initial=0)
+    if abs(spine[0] - centre[0]) > width / 5 or rival > density.max() / 2:
         return None
     return Spine(spine, centre, outline)
 
