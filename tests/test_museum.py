@@ -63,8 +63,9 @@ def test_ours_names_the_file_and_a_remedy(exhibit, good):
 
 @pytest.mark.parametrize("exhibit", [e for e in EXHIBITS if e.guard.__name__.endswith("_fault")], ids=lambda e: e.name)
 def test_it_is_the_guard_that_answers(exhibit, good, monkeypatch):
+    said = {p.found for p in examine(exhibit, good).problems}
     monkeypatch.setattr(cases, exhibit.guard.__name__, lambda *args: None)
-    assert not examine(exhibit, good).refused
+    assert not said & {p.found for p in examine(exhibit, good).problems}, "another guard may answer, with other words"
 
 
 def test_a_tour_tells_three_outcomes_apart(good):

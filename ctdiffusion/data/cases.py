@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Problem', 'as_problem', 'has_error', 'problems_table', 'write_problems', 'check_case_id', 'inside', 'Case', 'is_mri',
            'volumes_in', 'hold_out', 'find_cases', 'hu_fault', 'grid_difference', 'pair_fault', 'on_image_grid',
-           'side_fault', 'read_case']
+           'check_pair', 'read_case']
 
 # %% ../../nbs/04_cases.ipynb #5dc427a7
 import csv, io, itertools, os, re
@@ -13,6 +13,7 @@ from collections.abc import Callable, Collection
 from dataclasses import astuple, dataclass, fields, replace
 from pathlib import Path
 import numpy as np
+from .alignment import placement_fault, sample_pair, side_fault, turned_fault
 from .foreign import fits, read_json
 from .formats import case_name, format_of, holds_dicom, is_dicom, looks_like, readable, volume_files, volume_suffix
 from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write
@@ -304,21 +305,39 @@ def on_image_grid(
     return replace(label, affine=image.affine), notes
 
 # %% ../../nbs/04_cases.ipynb #9977e0b2
-_SIDES = (("liver", "spleen"), ("kidney_right", "kidney_left"))  # the first lies to the right of the second
+def check_pair(
+    case: str,                 # id for the problems
+    image: Volume,             # in RAS order
+    label: Volume,             # in RAS order
+    table: ClassTable = AMOS,  # names of the ids
+    mirrored: bool = False,    # left and right are confirmed
+    misplaced: bool = False,   # the place of the labels is confirmed
+    confirm: str = "",         # what else can be done where it is right after all
+) -> list[Problem]:
+    "What is wrong with a CT and its label map: Hounsfield units, grid, place of the labels, sides."
+    path = label.source.path
+    problems = []
 
-def _sagittal(labels: np.ndarray, id: int) -> np.ndarray:
-    "Voxels of an organ in every sagittal plane: those of each fourth row and slice, or all of them where these miss it."
-    some = (labels[:, ::4, ::4] == id).sum((1, 2))
-    return some if some.any() or not (labels == id).any() else (labels == id).sum((1, 2))
+    def add(where: str, fault: tuple | None, last: str = "") -> None:
+        if fault:
+            found, expected, do, *severity = fault
+            problems.append(Problem(case, where, found, expected, do + last, *severity))
 
-def side_fault(labels: np.ndarray, table: ClassTable = AMOS) -> tuple[str, str, str] | None:
-    "What is wrong with left and right in a RAS label array: centres are compared along x."
-    for right, left in _SIDES:
-        if not {right, left} <= set(table.names): continue
-        counts = [_sagittal(labels, table.id(name)) for name in (right, left)]
-        if not all(n.any() for n in counts): continue
-        centre = [np.average(np.arange(len(n)), weights=n) for n in counts]
-        if centre[0] <= centre[1]: return f"{right} left of {left}", f"{right} on the patient's right", "Mirrored, or situs inversus: correct the file, or confirm with allow_mirrored."
+    add(image.source.path, hu_fault(image.data))
+    add(path, pair_fault(image, label))
+    pair = None
+    if not has_error(problems):
+        pair = sample_pair(image.data, label.data, image.spacing)
+        if not misplaced:
+            add(path, placement_fault(pair, table), confirm)
+    if pair is None or not has_error(problems):
+        if not mirrored:
+            add(path, side_fault(label.data, table, pair))
+        if pair is not None and not misplaced:
+            add(path, turned_fault(pair, table), confirm)
+    if image.source.axcodes != label.source.axcodes:
+        add(path, (f"stored as {label.source.axcodes}", f"{image.source.axcodes} like the image", "Nothing to do: reoriented.", "note"))
+    return problems
 
 # %% ../../nbs/04_cases.ipynb #564313d8
 def _try(read: Callable, case: Case, path: Path, problems: list[Problem], **kw) -> Volume | None:
@@ -328,25 +347,33 @@ def _try(read: Callable, case: Case, path: Path, problems: list[Problem], **kw) 
     problems += [Problem(case.id, str(path), n, "", "Nothing to do.", "note") for n in v.notes]
     return v
 
+_CONFIRM = " If it is right all the same, confirm with allow_misplaced."
+
 def read_case(
     case: Case,
-    table: ClassTable = AMOS,              # ids that may occur
-    max_voxels: int = MAX_VOXELS,          # refuse larger volumes
-    assume: str | None = None,             # orientation of files without one
-    allow_mirrored: Collection[str] = (),  # ids of cases confirmed to be mirrored
-    label_scheme: str = "",                # whose ids the labels have, see `data.schemes`; "": the table's
+    table: ClassTable = AMOS,               # ids that may occur
+    max_voxels: int = MAX_VOXELS,           # refuse larger volumes
+    assume: str | None = None,              # orientation of files without one
+    allow_mirrored: Collection[str] = (),   # ids of cases confirmed to be mirrored
+    allow_misplaced: Collection[str] = (),  # ids of cases whose labels are confirmed to lie right
+    label_scheme: str = "",                 # whose ids the labels have, see `data.schemes`; "": the table's
 ) -> tuple[Volume | None, Volume | None, list[Problem]]:
     "Image, label and everything found wrong with them; use them only if no problem is an error."
-    problems, kw = [], dict(max_voxels=max_voxels, assume=assume)
-    image = _try(read_image, case, case.image, problems, **kw)
-    label = _try(read_labels, case, case.label, problems, table=table, allow_body=False, label_scheme=label_scheme, anatomy=True, **kw) if case.label else None
+    problems = []
+    limits = dict(max_voxels=max_voxels, assume=assume)
+    image = _try(read_image, case, case.image, problems, **limits)
+    label = None
+    if case.label:
+        label = _try(read_labels, case, case.label, problems, table=table, allow_body=False,
+                     label_scheme=label_scheme, anatomy=True, **limits)
+    mirrored = case.id in allow_mirrored
     if image and label:
         label, moved = on_image_grid(image, label)
         problems += [Problem(case.id, str(case.label), note, "", "Nothing to do.", "note") for note in moved]
-    faults = [(case.image, hu_fault(image.data))] if image else []
-    if image and label: faults.append((case.label, pair_fault(image, label)))
-    if label and case.id not in allow_mirrored: faults.append((case.label, side_fault(label.data, table)))
-    problems += [Problem(case.id, str(path), *fault) for path, fault in faults if fault]
-    if image and label and image.source.axcodes != label.source.axcodes:
-        problems.append(Problem(case.id, str(case.label), f"stored as {label.source.axcodes}", f"{image.source.axcodes} like the image", "Nothing to do: reoriented.", "note"))
+        misplaced = case.id in allow_misplaced
+        problems += check_pair(case.id, image, label, table, mirrored, misplaced, _CONFIRM)
+    elif image and (fault := hu_fault(image.data)):
+        problems.append(Problem(case.id, str(case.image), *fault))
+    elif label and not mirrored and (fault := side_fault(label.data, table)):
+        problems.append(Problem(case.id, str(case.label), *fault))
     return image, label, problems

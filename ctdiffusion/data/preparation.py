@@ -32,15 +32,17 @@ class PrepareConfig:
     held_out: int | None = 50             # use the first so many held-out patients by id; None: all
     exclude: tuple[str, ...] = ()         # cases to leave out, by id
     allow_mirrored: tuple[str, ...] = ()  # cases confirmed to be mirrored anatomy
+    allow_misplaced: tuple[str, ...] = ()  # cases whose labels are confirmed to lie right
     assume: str | None = None             # orientation of files without one, e.g. "RAS"
     max_voxels: int = MAX_VOXELS          # refuse larger volumes
     label_scheme: str = ""                # whose ids the label files have, e.g. "totalsegmentator-v2"; "": those of the class table
     split: tuple[tuple[str, str], ...] = ()  # (id, "train" or "val") of everybody, in place of folders, `every` and `held_out`
 
     def __post_init__(self):
-        for name in ("exclude", "allow_mirrored"): object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("exclude", "allow_mirrored", "allow_misplaced"): object.__setattr__(self, name, tuple(getattr(self, name)))
         object.__setattr__(self, "split", tuple(sorted((id, split) for id, split in self.split)))
-        for id in (*self.exclude, *self.allow_mirrored, *dict(self.split)): check_case_id(id, "PrepareConfig.exclude, allow_mirrored or split")
+        for id in (*self.exclude, *self.allow_mirrored, *self.allow_misplaced, *dict(self.split)):
+            check_case_id(id, "PrepareConfig.exclude, allow_mirrored, allow_misplaced or split")
         rules = dict(size=8 <= self.size <= 4096, width=self.width > 0, body_radius=self.body_radius >= 0, labels=self.labels in ("required", "none"),
                      every=self.every >= 2, held_out=self.held_out is None or self.held_out >= 1, max_voxels=self.max_voxels >= 1,
                      split=len(dict(self.split)) == len(self.split) and {s for _, s in self.split} <= {"train", "val"} and (self.labels == "required" or not self.split))
@@ -89,7 +91,8 @@ def prepare_case(
     folder: Path,                          # where the slices go: ID.x.npy and ID.y.npy
 ) -> tuple[dict | None, list[Problem]]:    # manifest entry (None if refused) and what was found
     "Read, judge, cut and save one patient."
-    image, label, problems = read_case(case, table, config.max_voxels, config.assume, config.allow_mirrored, config.label_scheme)
+    image, label, problems = read_case(case, table, config.max_voxels, config.assume, config.allow_mirrored,
+                                       config.allow_misplaced, config.label_scheme)
     if has_error(problems): return None, problems
     x, y = slices_of(image, label, config, table)
     np.save(inside(folder, f"{case.id}.x.npy"), x)

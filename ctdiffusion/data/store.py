@@ -157,6 +157,8 @@ def _each(cases: list[Case], config: PrepareConfig, table: ClassTable, folder: P
     except BrokenProcessPool as e: raise CTDiffusionError(folder, "a worker process that died", "enough memory for all of them", "Use fewer processes.") from e
 
 # %% ../../nbs/06_store.ipynb #b6217381
+_LATER = ("split", "allow_misplaced", "label_scheme")  # unknown to the first stores: written only where they say something, so that those stay valid
+
 class PrepareError(CTDiffusionError):
     "Raised at the end of a preparation in which a case was refused; `problems` holds all that was found."
     def __init__(self, path: str | Path, problems: list[Problem], do: str):
@@ -188,10 +190,7 @@ def _fill(folder: Path, store: Path, root: Path, config: PrepareConfig, table: C
     if has_error(problems) or not entries:
         csv = write_problems(store.with_name(f"{store.name}_problems.csv"), problems)
         raise PrepareError(root, problems, f"Nothing was stored. Mend the cases below or leave them out with `exclude` (the table is also in {csv}).")
-    kept = asdict(config)
-    for name in ("split", "label_scheme"):  # left out where they say nothing: stores of older versions have neither
-        if not kept[name]:
-            del kept[name]
+    kept = {k: v for k, v in asdict(config).items() if k not in _LATER or v}
     for f in (f for e in entries for f in (e["image"], e["label"]) if f): f["path"] = os.path.relpath(f["path"], root)
     m = dict(version=VERSION, config=json.loads(json.dumps(kept)), table=table.to_json(), bytes=_join(folder, entries, config.size), cases=entries)
     write_problems(folder / "problems.csv", problems)

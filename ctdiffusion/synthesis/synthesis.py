@@ -9,7 +9,7 @@ __all__ = ['BODIES', 'Model', 'describe', 'weights_folder', 'embedded', 'exporte
 # %% ../../nbs/40_synthesis.ipynb #f04cba98
 import hashlib, json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..data.alignment import side_fault
 from ..data.body import estimate_body
+from ..data.cases import check_pair, on_image_grid
 from ..data.foreign import parse_json, read_tensors
 from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write, write_ctbl, write_itksnap
 from ..data.slices import axial, body_mask, resize_images, resize_labels, unaxial, unwindow, with_body
@@ -195,21 +197,32 @@ def complete_labels(
     label_scheme: str = "",           # whose ids the file has, e.g. "totalsegmentator-v2"; "": those of the table
     body: str = "",                   # "estimate": draw one around the organs where the labels have none and there is no CT
 ) -> Volume:                          # ids with the body, RAS
-    "A label volume in which the body is drawn."
+    "A label volume in which the body is drawn; an image is checked as `prepare` does it."
     one_of(body, BODIES, "body")
     v = read_labels(labels, table, label_scheme=label_scheme, anatomy=True)
     if table.body is None or (v.data == table.body).any():
-        return v
+        unused = (f"the body is in the label map, so {image} was not looked at",) if image is not None else ()
+        return replace(v, notes=v.notes + unused)
     if image is None and body == "estimate":
         return _estimated(v, labels, table)
     if image is None:
         raise CTDiffusionError(labels, "organs but no body", f"label {table.body} wherever the patient is",
                                "Pass image=, the CT the labels belong to, to have the body drawn, or body='estimate' to have it estimated from the organs.")
     ct = read_image(image)
-    if ct.data.shape != v.data.shape:
-        raise CTDiffusionError(image, f"shape {ct.data.shape}", f"{v.data.shape} as in {labels}", "Pass the CT the labels were drawn on.")
+    v, moved = on_image_grid(ct, v)
+    notes = v.notes + ct.notes + moved + _pair_notes(ct, v, table)
     measured = body_mask(ct.data, ct.spacing, v.data)
-    return Volume(with_body(v.data, measured, table.body), v.affine, v.source, v.notes)
+    return replace(v, data=with_body(v.data, measured, table.body), notes=notes)
+def _pair_notes(ct: Volume, labels: Volume, table: ClassTable) -> tuple[str, ...]:
+    "What is odd about a CT and its label map; an error if the body must not be taken from this CT."
+    confirm = " If it is right all the same, draw the body into the label map: then no image is needed."
+    problems = check_pair(Path(labels.source.path).name, ct, labels, table, mirrored=True, confirm=confirm)
+    for p in problems:
+        if p.severity == "error":
+            raise CTDiffusionError(p.path, p.found, p.expected, p.do)
+    side = side_fault(labels.data, table)
+    mirrored = (f"{side[0]}: mirrored, or situs inversus",) if side else ()
+    return tuple(p.found for p in problems) + mirrored
 
 # %% ../../nbs/40_synthesis.ipynb #108a86a7
 def to_hu(

@@ -341,13 +341,17 @@ def test_F09_all_48_orders_make_one_store(tmp_path, patient):
 def test_F10_mirrored_voxels(data, tmp_path, patient):
     two, three = (patient.labels == AMOS.id(f"kidney_{side}") for side in ("right", "left"))
     no_liver = np.where(np.isin(patient.labels, (AMOS.id("liver"), AMOS.id("spleen"))), 0, patient.labels)
-    for hu, labels, word in ((patient.hu[::-1], patient.labels[::-1], "liver left of spleen"), (patient.hu, patient.labels[::-1], "liver left of spleen"),
+    for hu, labels, word in ((patient.hu[::-1], patient.labels[::-1], "liver left of spleen"),
                              (patient.hu, np.where(two, 3, np.where(three, 2, patient.labels)).astype(np.uint8), "kidney_right left of kidney_left"), (patient.hu[::-1], no_liver[::-1], "kidney_right left of kidney_left")):
         case = case_of(tmp_path, hu, labels, patient.affine)
         the_error(read_case(case)[2], case.label, word, "patient's right", "situs inversus", "confirm with allow_mirrored")
         assert not errors(read_case(case, allow_mirrored=["c"])[2]) and errors(read_case(case, allow_mirrored=["another"])[2])
     half = np.where(np.isin(patient.labels, (AMOS.id("spleen"), AMOS.id("kidney_left"))), 0, patient.labels)
-    for nothing_to_compare in (half[::-1], half, patient.labels * 0): assert not errors(read_case(case_of(tmp_path, patient.hu, nothing_to_compare, patient.affine))[2])
+    for nothing_to_compare in (half, patient.labels * 0): assert not errors(read_case(case_of(tmp_path, patient.hu, nothing_to_compare, patient.affine))[2])
+    case = case_of(tmp_path, patient.hu[::-1], half[::-1], patient.affine)
+    the_error(read_case(case)[2], case.label, "of the spine", "situs inversus", "confirm with allow_mirrored")
+    case = case_of(tmp_path, patient.hu, patient.labels[::-1], patient.affine)
+    the_error(read_case(case)[2], case.label, "labels beside their organs", "Flip the voxels of the label map left to right")
     for f in (data / "imagesTr/amos_0001.nii.gz", data / "labelsTr/amos_0001.nii.gz"):
         v = nib.load(f)
         f.write_bytes(nifti_bytes(np.flip(np.asanyarray(v.dataobj), nib.aff2axcodes(v.affine).index("R")), v.affine))
