@@ -27,7 +27,8 @@ def forms_apart(
     "How far two affines of one volume are apart, beyond what the four numbers of a qform lose by rounding."
     last = [n - 1 for n in shape]
     corners = np.array([[*corner, 1] for corner in itertools.product(*zip((0, 0, 0), last))]).T
-    apart = np.linalg.norm(((one - other) @ corners)[:3], axis=0)
+    with np.errstate(all="ignore"):  # a qform may claim anything
+        apart = np.linalg.norm(((one - other) @ corners)[:3], axis=0)
     diagonal = np.linalg.norm(other[:3, :3] @ last)
     spacing = np.linalg.norm(other[:3, :3], axis=0).min()
     rounding = apart[0] <= 0.01 * spacing and apart.max() <= 0.01 * spacing + 2e-3 * diagonal
