@@ -189,7 +189,10 @@ def measure_regions(
         slices = np.unique(inside[2][values == i])
         height = (slices[-1] - slices[0] + 1) * spacing[2]
         cut = tuple(bool(i in face) for face in faces)
-        regions[int(i)] = Region(count[i] * voxel_ml, x[i] / count[i], z[i] / count[i], height, cut)
+        ml = float(count[i] * voxel_ml)
+        centre_x = float(x[i] / count[i])
+        centre_z = float(z[i] / count[i])
+        regions[int(i)] = Region(ml, centre_x, centre_z, float(height), cut)
     return regions
 
 # %% ../../nbs/01_schemes.ipynb #04f26ebf
