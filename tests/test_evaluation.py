@@ -131,7 +131,7 @@ def test_dealt_out_to_two_processes_of_torchrun_and_one_is_lost(data, run):
     folder, store = data
     words = ["-r", "run_dir", str(run), "-r", "data_root", str(folder / "data"), "-r", "store", str(folder / "store"), "-p", "threads", "1"]
     deal = lambda **env: subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ctdiffusion.evaluation.evaluation", *words],
-                                        capture_output=True, text=True, timeout=120, env=os.environ | dict(OMP_NUM_THREADS="1") | env)
+                                        capture_output=True, text=True, timeout=600, env=os.environ | dict(OMP_NUM_THREADS="1") | env)
     lost, last = deal(CRASH_AT="patient@1#1"), run / "evaluation" / "step_00000030"
     assert lost.returncode != 0 and not (last / f"{patients(store)[1].id}.npy").exists()
     ended = deal()

@@ -352,7 +352,7 @@ def test_a_norm_without_a_float32_copy_is_the_same_norm():
         for f in (norm.forward, norm.by_layer_norm):
             y = f(x)
             grads.append([y, *torch.autograd.grad(y, [x, norm.weight, norm.bias], g)])
-        for a, b in zip(*grads): assert torch.allclose(a, b, atol=1e-4)
+        for a, b in zip(*grads): assert (a - b).abs().max() <= 1e-3 * b.abs().max().clamp(min=1)
     half = x.detach().bfloat16()
     truth = norm(half.float())
     assert ((norm.by_layer_norm(half).float() - truth).abs() <= 2 ** -7 * (truth.abs() + norm.bias.abs()[:, None, None] + 1)).all()

