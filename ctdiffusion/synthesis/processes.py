@@ -145,11 +145,12 @@ def stand_alone() -> tuple[int, int]:  # this process's number, and of how many
     return rank, world
 
 def _tried(
-    what: Callable[[], object],
-    volume: dict,                    # of `synthesize_many`
+    what: Callable,                  # `_notes` or `synthesize`
+    model: Model,
+    volume: dict,                    # its other arguments
     problems: list[Problem] | None,  # gets what goes wrong; None: it is raised
 ) -> object | None:
-    try: return what()
+    try: return what(model, **volume)
     except (CTDiffusionError, OSError, MemoryError) as e:
         if problems is None: raise
         path = volume["labels"]
@@ -157,9 +158,8 @@ def _tried(
             e = CTDiffusionError(path, f"{type(e).__name__}: {e}", "a file that can be read into memory", "Check permissions, disk and memory.")
         problems.append(as_problem(Path(path).name, e))
 
-def _notes(model: Model, volume: dict) -> tuple[str, ...]:  # arguments of `synthesize`
+def _notes(model: Model, say: Callable | None = None, **arguments) -> tuple[str, ...]:
     "What was noted about a volume that can be made; an error where it cannot."
-    arguments = {k: v for k, v in volume.items() if k != "say"}
     return planned_volume(model, **arguments)[0].notes
 
 def synthesize_many(
@@ -173,7 +173,7 @@ def synthesize_many(
     "This process's part of many volumes: all are checked, then the good ones are made; what is finished is found."
     good, made = [], []
     for volume in (options | v for v in share(volumes, rank, world)):
-        notes = _tried(lambda: _notes(model, volume), volume, problems)
+        notes = _tried(_notes, model, volume, problems)
         if notes is None: continue
         good.append(volume)
         name = Path(volume["labels"]).name
@@ -181,7 +181,7 @@ def synthesize_many(
             problems += [Problem(name, str(volume["labels"]), note, "", "Nothing to do.", "note") for note in notes]
     for k, volume in enumerate(good):
         crash_point("volume", k)
-        out = _tried(lambda: synthesize(model, **volume), volume, problems)
+        out = _tried(synthesize, model, volume, problems)
         if out is None: continue
         made.append(out)
         say(f"process {rank} of {world}: {out.name}")
