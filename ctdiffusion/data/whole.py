@@ -186,6 +186,14 @@ def refuse_foreign(
         if os.path.lexists(path) and not (path.is_file() and path.read_bytes() == content): raise fail(path, "another file of that name")
 
 # %% ../../nbs/03_whole.ipynb #b9aa4293
+@contextmanager
+def _nothing_left(parts: Path) -> Iterator[None]:
+    "Whatever stops the block, an empty folder does not stay behind."
+    try: yield
+    except BaseException:
+        if not any(parts.iterdir()): parts.rmdir()
+        raise
+
 def once(
     out: Path,
     job: dict,                     # all that decides what comes out
@@ -196,7 +204,8 @@ def once(
     try:
         if not finished(out, job):
             parts.mkdir(parents=True, exist_ok=True)
-            about, made = make(parts), parts / out.name
+            with _nothing_left(parts): about = make(parts)
+            made = parts / out.name
             record = atomic_write(sidecar(made), json.dumps(dict(job=job, file=out.name, sha256=sha256_file(made)) | about, indent=1))
             rest = {f for f in parts.glob("[!.]*") if f.suffix != ".part"} - {record}
             for f in (*rest, record): os.replace(f, out.with_name(f.name))

@@ -34,7 +34,7 @@ def judge_identity(
     judge: Judge,
 ) -> dict:
     "All of a judge that decides what it finds, for `fingerprint`: name, protocol, and `settings` where it has some."
-    return dict(name=judge.name, protocol=judge.protocol, settings=getattr(judge, "settings", {}))
+    return dict(judge=judge.name, protocol=judge.protocol, settings=getattr(judge, "settings", {}))
 
 # %% ../../nbs/54_judge.ipynb #0044bd4f
 def check_grid(labels: Volume, image: Volume) -> None:
@@ -58,7 +58,7 @@ def judge_volume(
     if sidecar(out) == sidecar(image): raise CTDiffusionError(out, "the name of the CT itself", "a name of its own", "Call it case-judged.nii.gz, or put it into another folder.")
     refuse_inputs([out, sidecar(out)], [image])
     if not overwrite: refuse_foreign(out)
-    job = fingerprint(judge=judge_identity(judge), image=sha256_file(image), table=table)
+    job = fingerprint(**judge_identity(judge), image=sha256_file(image), table=table)
     def make(parts: Path) -> dict:
         ct = read_image(image)
         with TemporaryDirectory(dir=parts, prefix=".judge") as temp:

@@ -121,7 +121,7 @@ def judge_patient(
     volumes = Path(folder) / "volumes"
     volumes.mkdir(parents=True, exist_ok=True)
     image = write_slices(volumes / f"{patient.id}.nii.gz", to_bytes(slices) / np.float32(255), patient.grid, patient.masks, level, width)
-    found = judge_volume(judge, image, Path(folder) / judge.name / f"{patient.id}.nii.gz", table)
+    found = judge_volume(judge, image, Path(folder) / judge.name / f"{patient.id}.nii.gz", table, overwrite=True)
     return axial(read_labels(found, table).data)
 
 # %% ../../nbs/56_measure.ipynb #ee226881
