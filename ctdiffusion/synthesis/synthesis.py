@@ -302,8 +302,9 @@ def _check_numbers(
 ) -> None:
     for name, (value, low, high) in given.items():
         if _whole(value) and low <= value <= high: continue
-        limits = " and ".join([f"at least {low:,}"] * np.isfinite(low) + [f"at most {high:,}"] * np.isfinite(high))
-        raise CTDiffusionError(name, f"{value!r}"[:80], f"a whole number{', ' * bool(limits)}{limits}", f"Correct {name}.")
+        limits = [f"{word} {limit:,}" for word, limit in (("at least", low), ("at most", high)) if np.isfinite(limit)]
+        expected = ", ".join(["a whole number", *[" and ".join(limits)] * bool(limits)])
+        raise CTDiffusionError(name, f"{value!r}"[:80], expected, f"Correct {name}.")
 
 def _check_model(model: object) -> None:
     if isinstance(model, Model): return
