@@ -12,7 +12,6 @@ import difflib, json, os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -20,10 +19,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..data.foreign import parse_json, read_tensors
-from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write, write_ctbl, write_itksnap
+from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write, ctbl_text, itksnap_text
 from ..data.slices import axial, body_mask, resize_images, resize_labels, unaxial, unwindow, with_body
 from ..data.volumes import MAX_VOXELS, Volume, read_image, read_labels, sha256_file, write_volume, written_suffix
-from ..data.whole import fingerprint, finished, once, read_summed, refuse_foreign, refuse_inputs, same_file, sidecar, unwritable, write_summed
+from ..data.whole import fingerprint, once, read_summed, refuse_foreign, refuse_inputs, sidecar, unwritable, write_summed
 from ..diffusion.schedule import Schedule, make_schedule
 from ..diffusion.solvers import parse_sampler
 from ..models.gpu import MODES, Swift, upload
@@ -319,9 +318,7 @@ def _check_sampler(sampler: str | None, model: Model) -> None:
 # %% ../../nbs/40_synthesis.ipynb #d4952962
 def colour_tables(table: ClassTable) -> dict[str, bytes]:
     "The files with names and colours of the organs that lie beside a volume, for 3D Slicer and ITK-SNAP."
-    with TemporaryDirectory() as temp:
-        files = write_ctbl(Path(temp) / "organs.ctbl", table), write_itksnap(Path(temp) / "organs.label.txt", table)
-        return {f.name: f.read_bytes() for f in files}
+    return {"organs.ctbl": ctbl_text(table).encode(), "organs.label.txt": itksnap_text(table).encode()}
 
 def planned_volume(
     model: Model,
