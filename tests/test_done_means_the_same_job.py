@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from ctdiffusion import CTDiffusionError, load
 from ctdiffusion.apps.jobs import ReproduceJob, plan, state
+from ctdiffusion.apps.launch import is_current
 from ctdiffusion.data.labels import AMOS, ClassTable
 from ctdiffusion.data.phantom import make_dataset
 from ctdiffusion.data.store import PrepareConfig, Store, prepare
@@ -23,6 +24,7 @@ from ctdiffusion.evaluation.distance import real_features
 from ctdiffusion.evaluation.judge import Command, judge_volume
 from ctdiffusion.evaluation.measure import Patient, measured_job, patients, synthesize_patient
 from ctdiffusion.evaluation.references import reference
+from ctdiffusion.evaluation.results import write_results
 from ctdiffusion.evaluation.segmenter import SegmenterConfig, train_segmenter
 from ctdiffusion.synthesis import synthesis
 from ctdiffusion.synthesis.synthesis import synthesize
@@ -159,6 +161,13 @@ def test_a_repaired_header_is_not_answered_with_the_old_affine(model, tmp_path):
     good = files["affine"]
     ask(model, files | dict(affine=np.eye(4)), {})
     assert np.array_equal(nib.load(ask(model, files, {})).affine, good)
+
+
+def test_another_shape_of_the_same_bytes_is_another_volume(model, tmp_path):
+    "A patient without air: all voxels are 16, whatever the shape."
+    for shape in ((24, 20, 2), (20, 24, 2), (24, 20, 2)):
+        labels = volume(tmp_path / "l.nii.gz", np.full(shape, AMOS.body, np.uint8), np.diag([5.0, 5.0, 5.0, 1.0]))
+        assert nib.load(synthesize(model, labels, tmp_path / "ct.nii.gz")).shape == shape
 
 
 # --------------------------------------------------------------------------------------------------- the idea itself
@@ -386,3 +395,22 @@ def test_a_plan_sees_that_its_store_is_another(own, tmp_path, change):
     elif change != "size": change(root)
     assert state(task(root, "small" if change == "size" else "demo")).startswith("another store: ")
     assert (store / "manifest.json").exists()
+
+
+# --------------------------------------------------------------------------------------------------------- the report
+
+def a_result(path: Path, **changes) -> Path:
+    "A sealed result of a method, step 20 of its run."
+    metrics = dict(distance=1.0, distance_name="blocks", kid=None, psnr=20.0, ssim=0.5, psnr_body=None, dice={}, dice_mean=None)
+    about = dict(format=1, variant="mask", milestone=None, preset="demo", seed=0, step=20, start="scratch", checkpoint="a" * 64, config="0", sampler="ddim25",
+                 data=dict(name="phantom", hash="b" * 16), judge=None, features="random", n=dict(patients=1, slices=2), intervals={}, cases={}, versions={}, hours={}, machine="a test", metrics=metrics)
+    return write_results(path, about | changes)
+
+
+@pytest.mark.parametrize("changes, current", [({}, True), (dict(data=dict(name="phantom", hash="c" * 16)), False), (dict(checkpoint="d" * 64), False), (dict(step=40), True)])
+def test_a_report_takes_no_result_of_other_data_or_weights(tmp_path, changes, current):
+    "Of a step whose weights are no longer kept, the result is all that is left, and is taken."
+    side = tmp_path / "run" / "checkpoints" / "step_00000020.json"
+    side.parent.mkdir(parents=True)
+    side.write_text(json.dumps(dict(sha256="a" * 64)))
+    assert is_current(a_result(tmp_path / "results.json", **changes), "b" * 16, tmp_path / "run") == current
