@@ -16,7 +16,7 @@ from ctdiffusion.data.labels import AMOS, CTDiffusionError
 from ctdiffusion.data.phantom import phantom, save_patient
 from ctdiffusion.data.slices import axial, resize_labels
 from ctdiffusion.data.volumes import read_image, read_labels, sha256_file, write_volume
-from ctdiffusion.data.whole import sidecar
+from ctdiffusion.data.whole import JOBS, sidecar
 from ctdiffusion.evaluation import judge as module
 from ctdiffusion.evaluation.judge import (MODES, Command, TotalSegmentator, doctor, judge_volume, segment,
                                           square_grid, write_ceiling, write_masks, write_slices)
@@ -64,7 +64,8 @@ def test_same_grid_bytes_and_sidecar(ct, tmp_path):
     given, made = nib.load(ct), nib.load(out)
     assert made.shape == given.shape and (made.affine == given.affine).all() and made.get_data_dtype() == np.uint8
     side = json.loads((tmp_path / "o.json").read_text())
-    assert side == dict(job=dict(judge="constant", protocol="all is liver", image=sha256_file(ct), table=AMOS.hash()), sha256=sha256_file(out))
+    job = dict(format=JOBS, judge="constant", protocol="all is liver", settings={}, image=sha256_file(ct), table=AMOS.hash())
+    assert side == dict(job=job, file="o.nii.gz", sha256=sha256_file(out))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ct.nii.gz", "o.json", "o.nii.gz"]
 
 
@@ -77,13 +78,23 @@ def add_to_job(out, ct): side = json.loads(sidecar(out).read_text()); side["job"
 def other_ct(out, ct): save_patient(phantom(1, 40), ct)
 
 
-@pytest.mark.parametrize("fault", [spoil_output, lose_output, lose_sidecar, tear_sidecar, list_sidecar, add_to_job, other_ct])
+@pytest.mark.parametrize("fault", [spoil_output, lose_output, add_to_job, other_ct])
 def test_resume(ct, tmp_path, fault):
     judge, out = Constant(), tmp_path / "o.nii.gz"
     for _ in range(2): judge_volume(judge, ct, out)
     assert judge.calls == 1
     fault(out, ct)
     for _ in range(2): judge_volume(judge, ct, out)
+    assert judge.calls == 2
+
+
+@pytest.mark.parametrize("fault", [lose_sidecar, tear_sidecar, list_sidecar])
+def test_without_its_record_an_answer_may_be_anybody_s(ct, tmp_path, fault):
+    judge, out = Constant(), tmp_path / "o.nii.gz"
+    judge_volume(judge, ct, out)
+    fault(out, ct)
+    with pytest.raises(CTDiffusionError, match="overwrite=True"): judge_volume(judge, ct, out)
+    for _ in range(2): judge_volume(judge, ct, out, overwrite=True)
     assert judge.calls == 2
 
 

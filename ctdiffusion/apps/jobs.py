@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['BUDGETS', 'RATES', 'PATIENTS', 'JUDGING', 'WHERE', 'ASIDE', 'GPU', 'PASSES', 'SHOWN', 'START', 'ReproduceJob', 'Task',
-           'plan', 'differences', 'trained', 'state', 'notebooks', 'seconds', 'slices', 'price', 'priced', 'draw']
+           'plan', 'differences', 'trained', 'store_differences', 'state', 'notebooks', 'seconds', 'slices', 'price',
+           'priced', 'draw']
 
 # %% ../../nbs/60_jobs.ipynb #59485518
 import hashlib, json, os, sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from ..data.foreign import read_json
 from ..data.labels import CTDiffusionError
 from ..data.phantom import make_dataset
 from ..data.splits import PAPER_SLICES
-from ..data.store import Store
+from ..data.store import Store, stale
 from ..diffusion.solvers import parse_sampler
 from ..diffusion.schedule import make_schedule
 from ..evaluation.claims import DESIGNS
@@ -143,13 +144,25 @@ def trained(task: Task) -> bool:
     done = task.run / "DONE"
     return done.exists() and int(done.read_text()) >= TrainJob(**task.parameters).config().train.max_steps
 
+def store_differences(task: Task) -> str:
+    "What a prepared store says otherwise than the plan, or what has changed in its data since; empty where they agree."
+    store, p = Store(task.makes[0].parent), task.parameters
+    then = asdict(store.config)
+    wrong = [f"{k}={then[k]!r} (planned {p[k]!r})" for k in ("size", "level", "width") if then[k] != p[k]]
+    data = Path(p["data_root"])
+    if not wrong and data.is_dir() and (why := stale(store, data)): wrong = [why]
+    return ", ".join(wrong)
+
 def state(task: Task) -> str:
     "done, interrupted, new, or what stands in the way."
     if task.kind == "train" and (task.run / "run.json").exists():
         other = differences(task)
         return f"another run: {other}" if other else "done" if trained(task) else "interrupted"
-    known = task.kind == "prepare" or task.record.exists() and read_json(task.record).get("digest") == task.digest
-    if task.kind != "train" and known and all(m.exists() for m in task.makes): return "done"
+    there = task.kind != "train" and all(m.exists() for m in task.makes)
+    if there and task.kind == "prepare":
+        other = store_differences(task)
+        return f"another store: {other}" if other else "done"
+    if there and task.record.exists() and read_json(task.record).get("digest") == task.digest: return "done"
     return "interrupted" if task.log.exists() else "new"
 
 # %% ../../nbs/60_jobs.ipynb #34718a47

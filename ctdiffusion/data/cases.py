@@ -118,6 +118,7 @@ def _not_read(folder: Path, strange: list[Path]) -> list[Problem]:
 
 def volumes_in(
     folder: str | Path,                         # images or label maps
+    check_name: Callable[[str, Path], str] = check_case_id,  # refuses a name, given without its suffix
 ) -> tuple[dict[str, Path], list[Problem]]:     # files by case id, and what is wrong
     "The volumes of a folder by case id. Unsafe names and ids that occur twice are errors; what is no volume is a note."
     folder, found, problems, strange = Path(folder), {}, [], []
@@ -129,7 +130,7 @@ def volumes_in(
             continue
         id = path.name if path.is_dir() else case_name(path)
         try:
-            check_case_id(id, path)
+            check_name(id, path)
         except CTDiffusionError as e:
             problems.append(as_problem(repr(id[:20]), e))
             continue

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['TRAINING_PATIENTS', 'Patient', 'grid_of', 'patients', 'kept_steps', 'check_model', 'synthesize_patient',
            'judge_patient', 'by_patient', 'distance_name', 'empty_notes', 'measure', 'training_hours', 'preset_of',
-           'machine', 'store_notes', 'run_notes', 'document', 'keep_slices', 'evaluate']
+           'machine', 'store_notes', 'run_notes', 'document', 'measured_job', 'found_finished', 'keep_slices',
+           'evaluate']
 
 # %% ../../nbs/56_measure.ipynb #f4b067ff
-import hashlib, io, os, platform, re, time
+import io, os, platform, re, time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
@@ -22,9 +23,9 @@ from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write
 from ..data.slices import axial
 from ..data.store import Store
 from ..data.volumes import Source, Volume, read_labels, to_ras
-from ..data.whole import once, sidecar
+from ..data.whole import fingerprint, once, sidecar
 from .distance import Features, Inception, distance
-from .judge import Judge, judge_volume, square_grid, write_slices
+from .judge import Judge, judge_identity, judge_volume, square_grid, write_slices
 from .quality import bootstrap, dice, hu_errors, psnr, ssim, to_bytes
 from .results import FORMAT, ORGANS, mean_dice, milestone, read_results, write_results
 from ..models.variants import PRESETS, VARIANTS, ModelConfig, preset
@@ -41,6 +42,11 @@ class Patient:
     masks: np.ndarray  # (Z, size, size) uint8 ids, the body drawn in
     real: np.ndarray   # (Z, size, size) uint8
     grid: Source       # where these slices lie in space
+
+    @property
+    def identity(self) -> dict:
+        "All of the patient that decides a result, for `fingerprint`."
+        return dict(id=self.id, masks=self.masks, real=self.real, shape=self.grid.shape, affine=self.grid.affine)
 
 def grid_of(
     case: Mapping,  # entry of a store's manifest
@@ -96,8 +102,8 @@ def synthesize_patient(
     say: Callable[[str], object] | None = None,
 ) -> np.ndarray:                  # (Z, size, size) uint8
     "All slices of a patient; what is finished is found again, to the batch."
-    out, masks = Path(folder) / f"{patient.id}.npy", hashlib.sha256(np.ascontiguousarray(patient.masks)).hexdigest()
-    job = dict(weights=model.sha256, masks=masks, seed=seed, sampler=sampler or model.sampler, case=patient.id, batch=batch)
+    out = Path(folder) / f"{patient.id}.npy"
+    job = fingerprint(model=model.identity, masks=patient.masks, seed=seed, sampler=sampler or model.sampler, case=patient.id, batch=batch)
     def make(parts: Path) -> dict:
         start, file = time.monotonic(), io.BytesIO()
         np.save(file, to_bytes(pieces(model, patient.masks, job, parts, say)))
@@ -118,7 +124,7 @@ def judge_patient(
     volumes = Path(folder) / "volumes"
     volumes.mkdir(parents=True, exist_ok=True)
     image = write_slices(volumes / f"{patient.id}.nii.gz", to_bytes(slices) / np.float32(255), patient.grid, patient.masks, level, width)
-    found = judge_volume(judge, image, Path(folder) / judge.name / f"{patient.id}.nii.gz", table)
+    found = judge_volume(judge, image, Path(folder) / judge.name / f"{patient.id}.nii.gz", table, overwrite=True)
     return axial(read_labels(found, table).data)
 
 # %% ../../nbs/56_measure.ipynb #ee226881
@@ -262,15 +268,40 @@ def document(
     name: str,                  # of the data
     judge: Judge | None,
     features: Features | None,
+    job: dict,                  # from `fingerprint`: all that decides the result
     **run,                      # what only a trained method has
 ) -> dict:
     "A result, all but its seal."
     notes = [*store_notes(store), *measured.get("notes", []), *run.pop("notes", [])]
     nothing = dict.fromkeys(("milestone", "preset", "seed", "step", "start", "checkpoint", "config", "sampler"))
-    return dict(format=FORMAT, variant=variant, data=dict(name=name, hash=store.hash), judge=judge and judge.protocol, features=features and features.protocol,
+    return dict(format=FORMAT, variant=variant, data=dict(name=name, hash=store.hash), judge=judge and judge.protocol, features=features and features.protocol, job=job,
                 versions=environment()["versions"], hours={}, machine=machine()) | nothing | dict(measured) | run | dict(notes=notes)
 
 # %% ../../nbs/56_measure.ipynb #da9df2d3
+def measured_job(
+    store: Store,
+    cases: Sequence[Patient],
+    name: str,                # of the data
+    judge: Judge | None,
+    features: Features | None,
+) -> dict:
+    "What decides every row: the data, the patients, the judge and the features. Part of a job."
+    measured_by = features and dict(name=features.name, protocol=features.protocol)
+    window = dict(level=store.config.level, width=store.config.width)
+    return dict(
+        data=dict(name=name, hash=store.hash, table=store.table, window=window),
+        patients=[p.identity for p in cases],
+        judge=judge and judge_identity(judge),
+        features=measured_by,
+    )
+
+def found_finished(
+    path: Path,  # of a results.json
+    job: dict,   # what it must be the result of
+) -> bool:
+    "Is there a result of this very job? An error if there is one that was edited."
+    return path.exists() and read_results(path).get("job") == job
+
 def keep_slices(path: str | Path, patients: Sequence[Patient], slices: Sequence[np.ndarray]) -> Path:
     "An .npz with the uint8 slices of every patient."
     file = io.BytesIO()
@@ -297,18 +328,19 @@ def evaluate(
     check_model(model, store)
     cases, slices, start, path = patients(store, first), [], time.monotonic(), folder / "results.json"
     walk = (sampler or model.sampler) if VARIANTS[run["variant"]].family == "diffusion" else "one pass"
-    job = dict(checkpoint=model.sha256, sampler=walk, judge=judge and judge.protocol, features=features and features.protocol, data=dict(name=name, hash=store.hash))
-    if path.exists():
-        old = read_results(path)
-        if all(old[k] == v for k, v in job.items()) and old["n"]["patients"] == len(cases): say(f"{path}: found finished"); return path
+    last = max(run["train"]["max_steps"], step)
+    row = dict(milestone=milestone(step, last), steps=last, notes=run_notes(run, store), preset=preset_of(run), seed=run["seed"],
+               step=step, start=run["init"], config=run["config"])
+    job = fingerprint(model=model.identity, row=row, sampler=walk, batch=batch, **measured_job(store, cases, name, judge, features))
+    if found_finished(path, job):
+        say(f"{path}: found finished")
+        return path
     for k, p in enumerate(cases, 1):
         slices.append(synthesize_patient(model, p, folder, run["seed"], sampler, batch))
         say(f"step {step:,}: {k} of {len(cases)} patients, {sum(map(len, slices))} slices, sampler {walk}, {time.monotonic() - start:.0f} s")
     keep_slices(folder / "slices.npz", cases, slices)
     found = [judge_patient(judge, p, s, folder, model.level, model.width, store.table) for p, s in zip(cases, slices)] if judge else ()
     seconds = sum(read_json(sidecar(folder / f"{p.id}.npy"), dict(seconds=float))["seconds"] for p in cases)
-    last = max(run["train"]["max_steps"], step)
-    facts = dict(milestone=milestone(step, last), steps=last, notes=run_notes(run, store), preset=preset_of(run), seed=run["seed"], step=step, start=run["init"], config=run["config"],
-                 hours=dict(training=training_hours(run_dir, step), sampling=seconds / 3600), checkpoint=model.sha256, sampler=walk)
+    facts = row | dict(hours=dict(training=training_hours(run_dir, step), sampling=seconds / 3600), checkpoint=model.sha256, sampler=walk)
     measured = measure(cases, slices, found, features, cache, store.table, model.width, model.level)
-    return write_results(path, document(run["variant"], measured, store, name, judge, features, **facts))
+    return write_results(path, document(run["variant"], measured, store, name, judge, features, job, **facts))

@@ -14,10 +14,11 @@ from scipy.stats import t as student
 
 from ..data.labels import ClassTable, CTDiffusionError
 from ..data.store import Store
+from ..data.whole import fingerprint
 from .distance import Features, distance
 from .judge import Judge
-from .measure import Patient, distance_name, document, judge_patient, measure, patients
-from .results import read_results, write_results
+from .measure import Patient, distance_name, document, found_finished, judge_patient, measure, measured_job, patients
+from .results import write_results
 
 # %% ../../nbs/57_references.ipynb #f024cb2f
 def organ_means(
@@ -141,11 +142,10 @@ def reference(
 ) -> Path:
     "A row that is not a method's; a second call finds it."
     folder, path = Path(folder) / kind, Path(folder) / kind / "results.json"
-    job = dict(judge=judge and kind != "floor" and judge.protocol or None, features=features and kind != "ceiling" and features.protocol or None, data=dict(name=name, hash=store.hash))
-    n = len(patients(store, first))
-    if path.exists():
-        old = read_results(path)
-        if all(old[k] == v for k, v in job.items()) and old["n"]["patients"] == n: say(f"{path}: found finished"); return path
+    used = None if kind == "floor" else judge, None if kind == "ceiling" else features
+    job = fingerprint(kind=kind, **measured_job(store, patients(store, first), name, *used))
+    if found_finished(path, job):
+        say(f"{path}: found finished")
+        return path
     folder.mkdir(parents=True, exist_ok=True)
-    used = judge if job["judge"] else None, features if job["features"] else None
-    return write_results(path, document(kind, _row(kind, store, *used, folder, cache, first), store, name, *used))
+    return write_results(path, document(kind, _row(kind, store, *used, folder, cache, first), store, name, *used, job))

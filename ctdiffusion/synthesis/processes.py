@@ -4,23 +4,27 @@
 
 # %% auto #0
 __all__ = ['beginning', 'looked_at', 'every', 'training', 'depart', 'leave_with_parent', 'cores', 'together', 'as_words',
-           'enough', 'train_job', 'share', 'stand_alone', 'synthesize_many', 'SynthesizeJob', 'synthesize_job',
-           'read_words', 'main']
+           'enough', 'train_job', 'share', 'stand_alone', 'synthesize_many', 'check_file_name', 'find_volumes',
+           'SynthesizeJob', 'SynthesisError', 'report', 'synthesize_job', 'read_words', 'main']
 
 # %% ../../nbs/42_processes.ipynb #5658b888
-import os, re, subprocess, sys, threading, time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+import hashlib, json, os, re, subprocess, sys, threading, time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ..data.cases import check_case_id
-from ..data.labels import AMOS, CTDiffusionError
+from ..data.cases import Problem, as_problem, has_error, problems_table, volumes_in
+from ..data.formats import NIFTI, case_name, format_of
+from ..data.labels import AMOS, CTDiffusionError, atomic_write
 from ..data.store import Store, open_store
+from ..data.whole import refuse_inputs
+from ..diffusion.schedule import make_schedule
+from ..diffusion.solvers import parse_sampler
 from ..models.variants import Preset
-from .synthesis import Model, embedded, exported, load, synthesize
+from .synthesis import Model, embedded, exported, load, planned_volume, synthesize
 from ..training.parameters import Job, TrainJob, check_parameters
 from ..training.runs import crash_point, latest_checkpoint
 from ..training.step import sample_grid
@@ -141,26 +145,89 @@ def stand_alone() -> tuple[int, int]:  # this process's number, and of how many
     if world > 1: os.environ["CUDA_VISIBLE_DEVICES"] = cards[local % len(cards)]
     return rank, world
 
+def _tried(
+    what: Callable,                  # `_notes` or `synthesize`
+    model: Model,
+    volume: dict,                    # its other arguments
+    problems: list[Problem] | None,  # gets what goes wrong; None: it is raised
+) -> object | None:
+    try: return what(model, **volume)
+    except (CTDiffusionError, OSError, MemoryError) as e:
+        if problems is None: raise
+        path = volume["labels"]
+        if not isinstance(e, CTDiffusionError):
+            e = CTDiffusionError(path, f"{type(e).__name__}: {e}", "a file that can be read into memory", "Check permissions, disk and memory.")
+        problems.append(as_problem(Path(path).name, e))
+
+def _notes(model: Model, say: Callable | None = None, **arguments) -> tuple[str, ...]:
+    "What was noted about a volume that can be made; an error where it cannot."
+    return planned_volume(model, **arguments)[0].notes
+
 def synthesize_many(
     model: Model,
     volumes: Sequence[dict],               # arguments of `synthesize` for each: labels, out, image, ...
     rank: int = 0, world: int = 1,         # this process, and how many there are
     say: Callable[[str], object] = print,
+    problems: list[Problem] | None = None,  # gets what is wrong with some, so that the others are made; None: it is raised
     **options,                             # of `synthesize`, for all of them
 ) -> list[Path]:                           # this process's volumes
-    "This process's part of many volumes; what is finished is found."
-    made = []
-    for k, volume in enumerate(share(volumes, rank, world)):
+    "This process's part of many volumes: all are checked, then the good ones are made; what is finished is found."
+    good, made = [], []
+    for volume in (options | v for v in share(volumes, rank, world)):
+        notes = _tried(_notes, model, volume, problems)
+        if notes is None: continue
+        good.append(volume)
+        name = Path(volume["labels"]).name
+        if problems is not None:
+            problems += [Problem(name, str(volume["labels"]), note, "", "Nothing to do.", "note") for note in notes]
+    for k, volume in enumerate(good):
         crash_point("volume", k)
-        made.append(synthesize(model, **options | volume))
-        say(f"process {rank} of {world}: {made[-1].name}")
+        out = _tried(synthesize, model, volume, problems)
+        if out is None: continue
+        made.append(out)
+        say(f"process {rank} of {world}: {out.name}")
     return made
 
 # %% ../../nbs/42_processes.ipynb #b45b7246
+_UNSAFE = set("/\\:*?\"<>|$`;&")
+
+def check_file_name(
+    stem: str,   # without its suffix
+    path: Path,
+) -> str:        # the same
+    "Refuse a name that a shell or a page could take for more than a name."
+    if stem.isprintable() and not set(stem) & _UNSAFE and stem[0] != "-" and len(stem) <= 200:
+        return stem
+    raise CTDiffusionError(path, f"file name {path.name[:80]!r}",
+                           "at most 200 letters, digits, spaces, '.', '_', '-', ...; none of " + " ".join(sorted(_UNSAFE)),
+                           "Rename the file.")
+
+def _written_name(path: Path) -> str:
+    "The name of the CT of a label volume: the same, or with .nii.gz in place of a suffix that is not written."
+    return path.name if format_of(path) is NIFTI else f"{case_name(path)}.nii.gz"
+
+def find_volumes(
+    labels: str | Path,       # folder of label volumes
+    out: str | Path,          # folder for the CTs
+    images: str | Path = "",  # folder of CTs of the same names, with or without nnU-Net's `_0000`
+) -> tuple[list[dict], list[Problem]]:  # arguments of `synthesize` for each volume; what was not understood
+    "The label volumes of a folder, and a row for each other file in it."
+    refuse_inputs([out], [labels, images] if images else [labels])
+    found, problems = volumes_in(labels, check_file_name)
+    scans = volumes_in(images, check_file_name)[0] if images else {}
+    volumes = []
+    for case, path in found.items():
+        volume = dict(labels=path, out=Path(out) / _written_name(path))
+        if images:
+            volume["image"] = scans.get(case) or scans.get(f"{case}_0000") or Path(images) / path.name
+        volumes.append(volume)
+    return volumes, problems
+
+# %% ../../nbs/42_processes.ipynb #3f43cfb2
 @dataclass(frozen=True)
 class SynthesizeJob(Job):
     "The parameters of `python -m ctdiffusion.synthesis.processes synthesize`."
-    labels: str = ""         # folder of label volumes, .nii.gz
+    labels: str = ""         # folder of label volumes
     out: str = ""            # folder for CT volumes of the same names
     images: str = ""         # folder of CTs of the same names, to find the body in; "": the labels have it
     label_scheme: str = ""   # whose ids the labels have, e.g. totalsegmentator-v2; "": those of the model
@@ -172,27 +239,101 @@ class SynthesizeJob(Job):
     device: str = "auto"
     threads: int = 0         # 0: torch's choice
     processes: int = 0       # 0, 1: this process alone
+    assume: str = ""         # orientation of files without one, for example RAS
+    max_voxels: int = 0      # refuse larger volumes; 0: the default
+    overwrite: bool = False  # replace files in `out` that are not results of ours
 
-    def __post_init__(self): self.within(batch=1)
+    def __post_init__(self):
+        self.within(batch=1)
+        if self.sampler: parse_sampler(self.sampler, make_schedule())
+
+    def found(self) -> tuple[list[dict], list[Problem]]:
+        "What `synthesize` is to be told of each volume, and what of the folder was not understood."
+        volumes, problems = find_volumes(self.labels, self.out, self.images) if self.labels and self.out else ([], [])
+        if volumes or problems:
+            return volumes, problems
+        raise CTDiffusionError(self.labels or "labels", f"no label volumes; out={self.out!r}",
+                               "a folder with label volumes, and a folder for the results", "Pass -p labels FOLDER -p out FOLDER.")
 
     def volumes(self) -> list[dict]:
         "What `synthesize` is to be told of each volume."
-        files = sorted(Path(self.labels).glob("*.nii.gz")) if self.labels else []
-        if not files or not self.out: raise CTDiffusionError(self.labels or "labels", f"{len(files)} label volumes; out={self.out!r}", "*.nii.gz, and a folder for the results", "Pass -p labels FOLDER -p out FOLDER.")
-        for f in files: check_case_id(f.name.removesuffix(".nii.gz"), f)
-        image = lambda f: dict(image=Path(self.images) / f.name) if self.images else {}
-        return [dict(labels=f, out=Path(self.out) / f.name) | image(f) for f in files]
+        return self.found()[0]
 
-def synthesize_job(job: SynthesizeJob, say: Callable[[str], object] = print) -> list[Path]:  # the volumes of this process, or of all below it
+    def options(self) -> dict:
+        "What `synthesize` is to be told of all of them."
+        limit = dict(max_voxels=self.max_voxels) if self.max_voxels else {}
+        return dict(seed=self.seed, sampler=self.sampler or None, batch=self.batch, assume=self.assume or None, overwrite=self.overwrite,
+                    label_scheme=self.label_scheme, body=self.body) | limit
+
+# %% ../../nbs/42_processes.ipynb #e6ca08ce
+class SynthesisError(CTDiffusionError):
+    "Raised when all good volumes of a job are made and there were others; `problems` holds a row for each."
+    def __init__(self, folder: str | Path, problems: list[Problem]):
+        bad = [p for p in problems if p.severity == "error"]
+        first = f"{bad[0].path}: {bad[0].found}"
+        super().__init__(folder, f"{len(bad)} files that no CT could be made of, the first is {first}", "label volumes of which a CT can be made", f"{bad[0].do} The table names them all; the others are made.")
+        self.problems = problems
+
+def report(
+    folder: str | Path,
+    problems: list[Problem],
+    say: Callable[[str], object] = print,
+) -> None:
+    "One table of what was noted and what went wrong; an error if anything went wrong."
+    if problems: say(problems_table(problems))
+    if has_error(problems): raise SynthesisError(folder, problems)
+
+def _this_launch() -> str:
+    "What the processes of one torchrun have in common and no other."
+    words = [os.environ.get(k, "") for k in ("TORCHELASTIC_RUN_ID", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RESTART_COUNT")]
+    return hashlib.sha256("/".join(words).encode()).hexdigest()[:12]
+
+def _rows_of(files: Iterable[Path]) -> list[Problem]:
+    "The problems that other processes have left, and their files removed."
+    rows = []
+    for f in files:
+        rows += [Problem(**row) for row in json.loads(f.read_text("utf-8"))]
+        f.unlink()
+    return rows
+
+def _handed_over(
+    folder: Path,             # of the results
+    rank: int, world: int,
+    problems: list[Problem],  # of this process
+) -> list[Problem]:
+    "The problems of all processes in process 0, once they have ended; none in the others, whose rows lie in `folder`."
+    launch = _this_launch()
+    files = [folder / f".problems.{launch}.{r}.json" for r in range(world)]
+    atomic_write(files[rank], json.dumps([asdict(p) for p in problems]))
+    if rank or os.environ.get("CTDIFFUSION_CHILD"): return []  # the parent of `together` reads them
+    for old in folder.glob(".problems.*"):
+        if launch not in old.name: old.unlink()  # of a launch that was lost
+    while not all(f.exists() for f in files): time.sleep(0.1)  # torchrun ends this wait if one of them is lost
+    return _rows_of(files)
+
+def synthesize_job(
+    job: SynthesizeJob,
+    say: Callable[[str], object] = print,
+) -> list[Path]:  # the volumes of this process, or of all below it
     "A CT for each label volume of a folder, by this process, by those below it, or by this process's part of torchrun's."
-    volumes = job.volumes()
+    volumes, problems = job.found()
+    folder = Path(job.out)
     if job.processes > 1:
         enough(job, job.device)
-        together("ctdiffusion.synthesis.processes", ["synthesize", *as_words(job)], job.processes, Path(job.out) / "processes.log", job.threads, say)
+        for old in folder.glob(".problems.*"): old.unlink()
+        together("ctdiffusion.synthesis.processes", ["synthesize", *as_words(job)], job.processes, folder / "processes.log", job.threads, say)
+        report(job.labels, problems + _rows_of(sorted(folder.glob(".problems.*"))), say)
         return [v["out"] for v in volumes]
-    place = stand_alone()
+    rank, world = stand_alone()
     if job.threads: torch.set_num_threads(job.threads)
-    return synthesize_many(load(job.model, job.device), volumes, *place, say, seed=job.seed, sampler=job.sampler or None, batch=job.batch, label_scheme=job.label_scheme, body=job.body)
+    mine = []
+    made = synthesize_many(load(job.model, job.device), volumes, rank, world, say, mine, **job.options())
+    if world > 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        folder.mkdir(parents=True, exist_ok=True)
+        mine = _handed_over(folder, rank, world, mine)
+    first = rank == 0 and not os.environ.get("CTDIFFUSION_CHILD")
+    report(job.labels, (problems if first else []) + mine, say)
+    return made
 
 # %% ../../nbs/42_processes.ipynb #4bf98375
 def read_words(words: Sequence[str], job: type) -> Job:
@@ -213,4 +354,6 @@ def main(words: Sequence[str]) -> None:
         torch.distributed.destroy_process_group(); sys.stdout.flush(); sys.stderr.flush()
         os._exit(0)  # all is written: threads of the group must not abort a Python that takes itself apart
 
-if __name__ == "__main__" and "__file__" in globals(): main(sys.argv[1:])
+if __name__ == "__main__" and "__file__" in globals():
+    try: main(sys.argv[1:])
+    except CTDiffusionError as e: sys.exit(f"CTDiffusionError: {e}")  # exit code 1, no traceback

@@ -106,13 +106,17 @@ def test_F39_killed_at_each_of_its_steps(make, whole, tmp_path, monkeypatch, poi
 
 
 def test_F39_a_finished_volume_is_believed_only_whole(make, whole, tmp_path):
-    "Found finished, nothing is said; cut off, lost, without its record or with that of another job it is made again."
+    "Found finished, nothing is said; cut off, lost or of another job it is made again. Without its record it may be anybody's: made again on request."
     out, told = tmp_path / "ct.nii.gz", []
     again = lambda **more: (told.clear(), make(out, say=told.append, **more).read_bytes(), bool(told))[1:]
     assert again() == (whole, True) and again() == (whole, False)
-    for spoil in (lambda: out.write_bytes(whole[: len(whole) // 2]), lambda: out.write_bytes(b""), out.unlink, sidecar(out).unlink, lambda: sidecar(out).write_text('{"job": '), lambda: sidecar(out).write_text("[1]")):
+    for spoil in (lambda: out.write_bytes(whole[: len(whole) // 2]), lambda: out.write_bytes(b""), out.unlink):
         spoil()
         assert again() == (whole, True) and again() == (whole, False)
+    for spoil in (sidecar(out).unlink, lambda: sidecar(out).write_text('{"job": '), lambda: sidecar(out).write_text("[1]")):
+        spoil()
+        with refused(out.parent, "overwrite=True"): again()
+        assert again(overwrite=True) == (whole, True) and again() == (whole, False)
     other, made_again = again(seed=1)
     assert made_again and other != whole
     assert again() == (whole, True) and names(tmp_path) == ALL | {"undisturbed"}
@@ -162,8 +166,9 @@ def test_F39_a_full_disk_is_said_and_harms_nothing(make, tmp_path, room, parts):
         resource.setrlimit(resource.RLIMIT_FSIZE, (room, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
         with refused(out, "cannot be written (File too large)", "bytes free", "run the same command again"): make(out, batch=1)
     assert ended(forked(life)) == 0
-    scratch, = tmp_path.glob(".ct.nii.gz.*")
-    assert names(tmp_path) == {"before", scratch.name} and names(scratch) == {f"{k:05d}.part" for k in range(parts)}, "no half file"
+    scratch = list(tmp_path.glob(".ct.nii.gz.*"))
+    assert names(tmp_path) == {"before", *(s.name for s in scratch)} and len(scratch) == bool(parts)
+    assert {name for s in scratch for name in names(s)} == {f"{k:05d}.part" for k in range(parts)}, "no half file"
     assert make(before, batch=1).read_bytes() == whole and before.stat().st_mtime_ns == stamp
     assert make(out, batch=1).read_bytes() == whole and names(tmp_path) == ALL | {"before"}
 
