@@ -170,7 +170,7 @@ def test_mirrored_labels_stay_mirrored(tmp_path):
     p = phantom(0, 48)
     assert recognise_scheme(p.labels[::-1], p.spacing) is None
     (problem,) = errors(read_case(case_in(tmp_path, p.hu, p.labels[::-1], p.affine))[2])
-    assert "Mirrored" in problem.do
+    assert "left to right" in problem.do
     foreign = written_in("totalsegmentator-v2", p.labels)[0][::-1]
     assert recognise_scheme(foreign, p.spacing).schemes == ("totalsegmentator-v2",)
 
