@@ -241,6 +241,7 @@ class Spine(NamedTuple):
     spine: np.ndarray    # (2,) mm along x and y
     body: np.ndarray     # (2,) mm, centre of the body
     outline: np.ndarray  # (X, Y) bool, the body where most slices have it
+    clear: bool          # nothing on the other side of the centre is nearly as dense
 
 def find_spine(
     pair: Samples,
@@ -264,12 +265,13 @@ def find_spine(
     centre = body.mean(0)
     spine = body[density.argmax()]
     width = np.ptp(body[:, 0])
-    middle = np.abs(body[:, 0] - centre[0]) < width / 5
-    elsewhere = np.linalg.norm(body - spine, axis=1) > 50
-    rival = density[middle & elsewhere].max(initial=0)
-    if abs(spine[0] - centre[0]) > width / 5 or rival > density.max() / 2:
+    if abs(spine[0] - centre[0]) > width / 5:  # a hip
         return None
-    return Spine(spine, centre, outline)
+    ahead = np.sign(spine[1] - centre[1])
+    opposite = (centre[1] - body[:, 1]) * ahead > 15  # mm
+    middle = np.abs(body[:, 0] - centre[0]) < width / 5
+    rival = density[opposite & middle].max(initial=0)
+    return Spine(spine, centre, outline, bool(rival < density.max() / 3))
 
 # %% ../../nbs/03_alignment.ipynb #527ee67c
 _PAIRS = (("liver", "spleen"), ("kidney_right", "kidney_left"))  # the first lies to the right of the second
@@ -337,16 +339,21 @@ _LUNG_VOLUME = 300.0  # ml
 _LUNG_AREA = 0.10     # of the body's area, in slices that count
 _TURN = "Image and label map are flipped together: export both again, or repair the affine of both."
 
+def _votes(difference: float | None) -> int:
+    "1 if what must lie in front lies clearly behind, -1 if it lies clearly in front, 0 if nothing can be said."
+    if difference is None or abs(difference) < _BEHIND:
+        return 0
+    return 1 if difference < 0 else -1
+
 def _front_fault(extents: dict[str, Extent], spine: Spine | None) -> tuple[str, str] | None:
     "What says that front and back are exchanged: found, expected."
-    if spine is not None:
-        ahead = spine.spine[1] - spine.body[1]
-        if ahead > _BEHIND:
-            return f"the spine {ahead:.0f} mm in front of the centre of the body", "the spine behind it"
-        return None
+    by_spine = spine.body[1] - spine.spine[1] if spine is not None and spine.clear else None
     front, back = _centre(extents, _FRONT), _centre(extents, _BACK)
-    if front is None or back is None or back[1] - front[1] < _BEHIND:
+    by_organs = front[1] - back[1] if front is not None and back is not None else None
+    if _votes(by_spine) + _votes(by_organs) <= 0:
         return None
+    if _votes(by_spine) > 0:
+        return f"the spine {-by_spine:.0f} mm in front of the centre of the body", "the spine behind it"
     return "kidneys and aorta in front of stomach, pancreas and gallbladder", "them behind"
 
 def _head_fault(extents: dict[str, Extent], slices: int) -> tuple[str, str] | None:
