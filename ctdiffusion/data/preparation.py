@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PrepareConfig', 'slices_of', 'digest', 'entry', 'prepare_case', 'choose', 'count_slices', 'SplitRow', 'read_split',
-           'split_pairs', 'left_out', 'split_rows', 'write_split', 'broken', 'duplicates']
+           'split_pairs', 'left_out', 'split_rows', 'write_split', 'broken']
 
 # %% ../../nbs/05_preparation.ipynb #a71ffd94
 import csv, gzip, hashlib, io, json, os, re, zlib
@@ -219,16 +219,4 @@ def broken(rows: list[SplitRow], entries: list[dict], path: str | Path) -> list[
         for name in ("slices", "image", "label"):
             want, found = getattr(r, name), getattr(now[r.id], name)
             if want and want != found: out.append(Problem(r.id, f"{path}, line {r.line}", f"{name} {found[:16]}", want[:16], "Other files than those of the split: download them again, or empty the cell."))
-    return out
-
-# %% ../../nbs/05_preparation.ipynb #84688007
-def duplicates(entries: list[dict]) -> list[Problem]:
-    "Manifest entries with the same voxels: an error if one of the two is held out, else a note."
-    out, first = [], {}
-    for e in entries:
-        twin = first.setdefault(e["voxels"], e)
-        if twin is e: continue
-        leak = twin["split"] != e["split"]
-        out.append(Problem(e["id"], e["image"]["path"], f"the same voxels as {twin['id']} ({twin['split']} and {e['split']})", "every patient once",
-                           "Remove one: nobody may be trained on and tested with." if leak else "Remove one of the two.", "error" if leak else "note"))
     return out
