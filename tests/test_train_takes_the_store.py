@@ -189,7 +189,7 @@ def test_days_on_a_cpu_are_told_and_have_to_be_confirmed():
     job = TrainJob(preset="paper", device="cpu", threads=1)
     _, p = beginning(job)
     lines = []
-    with pytest.raises(CTDiffusionError, match=r"150,000 steps of 16 slices, about 1\d,\d\d\d\.\d hours of 1 CPU cores, and \d\d\.\d GB of memory.*confirm=True"):
+    with pytest.raises(CTDiffusionError, match=r"150,000 steps of 16 slices, about 1\d,\d\d\d\.\d hours on 1 CPU core, and \d\d\.\d GB of memory.*confirm=True"):
         confirm_price(job, p, lines.append)
     assert "hours" in lines[0] and "GB of memory" in lines[0], "said before it is refused"
     confirm_price(replace(job, confirm=True), p, silent)

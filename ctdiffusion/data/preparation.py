@@ -133,7 +133,7 @@ def choose(
         problems.append(note("", "nobody to hold out: every patient is trained on", "two patients or more", "Training patients are ALSO shown as held-out: no figure of such a run says anything about new patients."))
     if config.split: return cases, problems + [note(i, why, "", "Nothing to do.") for i, why in sorted(out.items()) if i not in config.exclude]
     if config.held_out is None or len(held) <= config.held_out: return cases, problems
-    problems.append(note("", f"{len(held)} held-out patients", f"{config.held_out}", f"The first {config.held_out} by id are used; held_out changes that."))
+    problems.append(note("", f"{len(held)} held-out patients", f"{config.held_out}", f"The first {config.held_out} by id are used; the parameter held_out of prepare changes that."))
     return cases, problems
 
 # %% ../../nbs/05_preparation.ipynb #c50ad11f

@@ -222,7 +222,8 @@ def confirm_price(
     work = f"{p.train.max_steps:,} steps of {p.train.batch} slices"
     takes = f"{price['memory']:.1f} GB of memory"
     if price["hours"] is not None:
-        takes = f"about {price['hours']:,.1f} hours of {price['cores']} CPU cores, and {takes}"
+        cores_used = f"{price['cores']} CPU core{'s' * (price['cores'] != 1)}"
+        takes = f"about {price['hours']:,.1f} hours on {cores_used}, and {takes}"
     say(f"{work}: {takes}")
     done = job.folder() / "DONE"
     if done.exists() and int(done.read_text()) >= p.train.max_steps:

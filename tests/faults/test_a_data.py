@@ -782,13 +782,16 @@ def test_F20_one_flipped_bit_in_a_store_is_found(original, tmp_path):
 def test_F20_trainings_and_evaluations_verify_their_store(root, original, tmp_path, monkeypatch):
     "Each of the ways in looks at the checksums once; helpers of a process that has looked do not."
     from ctdiffusion.synthesis import processes
-    s = prepare(original, tmp_path / "run/store", CONFIG)
+    s = prepare(original, tmp_path / "run/store", replace(CONFIG, size=64))
     with (s.path / "images.npy").open("r+b") as f: f.seek(5000); f.write(b"\xff")
     with refused(s.path, "damaged slices"): open_store(s.path)
+    job = processes.TrainJob(run_dir=str(tmp_path / "run"))
+    for given in (job, replace(job, data_root=str(original))):
+        with refused(s.path, "damaged slices"): processes.prepared(given, processes.beginning(job)[1], None)
     with refused(s.path, "damaged slices"): processes.main(["train", "-p", "run_dir", str(tmp_path / "run")])
     monkeypatch.setattr(processes, "train_job", lambda job, store: store.hash)
     monkeypatch.setattr(processes, "leave_with_parent", lambda run: None)
     monkeypatch.setenv("CTDIFFUSION_CHILD", "1")
     processes.main(["train", "-p", "run_dir", str(tmp_path / "run")])
-    cells = {job: "\n".join("".join(c["source"]) for c in json.loads((root / f"nbs/{job}.ipynb").read_text(encoding="utf-8"))["cells"]) for job in ("train", "evaluate")}
-    assert 'store = prepare(root, job.store or run / "store"' in cells["train"] and 'open_store(job.folder("store"))' in cells["evaluate"]
+    evaluate = "\n".join("".join(c["source"]) for c in json.loads((root / "nbs/evaluate.ipynb").read_text(encoding="utf-8"))["cells"])
+    assert 'open_store(job.folder("store"))' in evaluate
