@@ -29,7 +29,7 @@ def test_the_parameters_cell_declares_the_job(root):
 def test_the_full_budget_is_what_it_says(tmp_path):
     for v, lr in dict(mask=None, spade=5e-4, pix2pix=5e-4, oasis=4e-4).items():
         made = named(plan(ReproduceJob(root=str(tmp_path), budget="full", **CPU)), f"train-{v}-s0").parameters
-        by_hand = dict(variant=v, init="scratch", max_steps=6000, batch=8, sampler="60,12,8", threads=1, milestones=True, data_root=str(tmp_path / "data"), store=str(tmp_path / "store"), run_dir=str(tmp_path / f"{v}-s0"))
+        by_hand = dict(variant=v, init="scratch", max_steps=6000, batch=8, sampler="60,12,8", threads=1, milestones=True, confirm=True, data_root=str(tmp_path / "data"), store=str(tmp_path / "store"), run_dir=str(tmp_path / f"{v}-s0"))
         assert TrainJob(**made | dict(threads=1, device="auto")) == TrainJob(**by_hand | ({"lr": lr} if lr else {}))
 
 

@@ -9,7 +9,7 @@ __all__ = ['NIFTI', 'PAIR', 'MGH', 'NRRD', 'META', 'DICOM', 'FORMATS', 'looks_li
 
 # %% ../../nbs/01_formats.ipynb #889db7d8
 import gzip, hashlib, importlib.util, re, zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np

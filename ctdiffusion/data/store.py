@@ -17,16 +17,17 @@ from pathlib import Path
 import numpy as np
 from filelock import FileLock, Timeout
 from tqdm import tqdm
-from .cases import Case, Problem, check_case_id, has_error, problems_table, write_problems
+from .cases import Case, Problem, check_case_id, has_error, is_problems_file, problems_table, write_problems
+from .duplicates import SMALLEST, duplicates, thumbnail
 from .foreign import blame, read_json
 from .formats import stamp, volume_sha256
 from .labels import AMOS, ClassTable, CTDiffusionError, atomic_write
-from .preparation import PrepareConfig, SplitRow, broken, choose, digest, duplicates, left_out, prepare_case, read_split, split_pairs, split_rows, write_split
+from .preparation import PrepareConfig, SplitRow, broken, choose, digest, left_out, prepare_case, read_split, split_pairs, split_rows, write_split
 from .schemes import check_scheme
 from .whole import disk_full, unwritable
 
 # %% ../../nbs/06_store.ipynb #fa7fc56f
-_REBUILD = "Prepare again with rebuild=True."
+_REBUILD = "Prepare again with rebuild=True (jobs: -p rebuild True)."
 _MANIFEST = dict(version=int, hash=str, config=dict, table=dict, bytes=dict, cases=list[dict], problems=list[dict])
 
 class Store:
@@ -49,6 +50,17 @@ class Store:
     def __len__(self) -> int: return self.cases[-1]["stop"]
     def __getstate__(self) -> dict: return {k: v for k, v in self.__dict__.items() if k not in ("images", "labels")}
     def __repr__(self) -> str: return f"Store({self.path.name}: {len(self.cases)} cases, {len(self)} slices of {self.config.size}x{self.config.size}, {self.hash[:8]})"
+
+    @property
+    def data_root(self) -> Path | None:
+        "The folder that the volumes were read from; None if that was not written down, or if the folder is gone."
+        folder = self.manifest.get("data_root")
+        return Path(folder) if isinstance(folder, str) and Path(folder).is_dir() else None
+
+    @property
+    def drawn(self) -> bool:
+        "Whether the patients are drawn ones; an older store does not say, and counts as such."
+        return self.manifest.get("drawn", True)
 
     @property
     def splits(self) -> dict[str, list[str]]:
@@ -181,18 +193,41 @@ def _join(folder: Path, entries: list[dict], size: int) -> dict[str, int]:
         out.flush()
     return {name: os.path.getsize(folder / f"{name}.npy") for name in ("images", "labels")}
 
+def _thumbnails(folder: Path, entries: list[dict], size: int) -> dict[str, np.ndarray]:
+    "What is particular to each scan, by case id; nothing where the slices are too small to tell."
+    made = {}
+    if size < SMALLEST:
+        return made
+    for e in entries:
+        slices = np.load(folder / f"{e['id']}.x.npy", mmap_mode="r")
+        made[e["id"]] = thumbnail(slices, e["spacing"][2])
+    return made
+
+def _drawn(root: Path) -> bool:
+    "Whether a data folder says of itself that its patients are drawn."
+    try: about = read_json(root / "dataset.json")
+    except CTDiffusionError: return False
+    return "drawn patients" in str(about.get("description"))
+
+def _problems_file(store: Path) -> Path:
+    "Where the table of a preparation goes that stores nothing: beside the store."
+    file = store.with_name("problems.csv")
+    if file.exists() and not is_problems_file(file):
+        return store.with_name(f"{store.name}-problems.csv")  # the other one is somebody else's
+    return file
+
 def _fill(folder: Path, store: Path, root: Path, config: PrepareConfig, table: ClassTable, processes: int, say: Callable | None, rows: list[SplitRow], split_file: str | Path | None) -> None:
     "All cases into `folder`, the manifest last; refuses at the very end, when every case has been looked at."
     cases, problems = choose(root, config)
     results = list(ticker(_each(cases, config, table, folder, processes), len(cases), say))
     entries = sorted((e for e, _ in results if e), key=lambda e: (e["split"], e["id"]))
-    problems += sorted((p for _, ps in results for p in ps), key=lambda p: (p.case, p.path)) + duplicates(entries) + broken(rows, entries, split_file)
+    problems += sorted((p for _, ps in results for p in ps), key=lambda p: (p.case, p.path)) + duplicates(entries, _thumbnails(folder, entries, config.size)) + broken(rows, entries, split_file)
     if has_error(problems) or not entries:
-        csv = write_problems(store.with_name(f"{store.name}_problems.csv"), problems)
+        csv = write_problems(_problems_file(store), problems)
         raise PrepareError(root, problems, f"Nothing was stored. Mend the cases below or leave them out with `exclude` (the table is also in {csv}).")
     kept = {k: v for k, v in asdict(config).items() if k not in _LATER or v}
     for f in (f for e in entries for f in (e["image"], e["label"]) if f): f["path"] = os.path.relpath(f["path"], root)
-    m = dict(version=VERSION, config=json.loads(json.dumps(kept)), table=table.to_json(), bytes=_join(folder, entries, config.size), cases=entries)
+    m = dict(version=VERSION, config=json.loads(json.dumps(kept)), table=table.to_json(), data_root=os.path.abspath(root), drawn=_drawn(root), bytes=_join(folder, entries, config.size), cases=entries)
     write_problems(folder / "problems.csv", problems)
     out, why = left_out(root, config) | {r.id: "left out by the split file" for r in rows if r.split == "out"}, {r.id: r.why for r in rows}
     write_split(folder / "split.csv", [replace(r, why=why.get(r.id) or r.why) for r in split_rows(entries, out)])
@@ -253,5 +288,5 @@ def prepare(
     except OSError as e:
         if not disk_full(e): raise
         raise unwritable(store, e, room="room for twice the finished store") from e
-    store.with_name(f"{store.name}_problems.csv").unlink(missing_ok=True)
+    _problems_file(store).unlink(missing_ok=True)
     return open_store(store, config, table, verify=False)

@@ -18,7 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from ..data.foreign import read_json
-from ..data.labels import AMOS, ClassTable, CTDiffusionError, atomic_write
+from ..data.labels import AMOS, ClassTable, CTDiffusionError
 from ..data.slices import axial, resize_images, unaxial, unwindow, window
 from ..data.volumes import Source, Volume, read_image, read_labels, sha256_file, write_volume
 from ..data.whole import fingerprint, once, refuse_foreign, refuse_inputs, sidecar

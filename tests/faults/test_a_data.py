@@ -130,7 +130,7 @@ def test_F03_the_other_cases_go_on(data, tmp_path):
     with refused(data, "in 2 cases", *map(str, halves)) as e: prepare(data, tmp_path / "s", CONFIG)
     assert {(p.case, p.path) for p in errors(e.value.problems)} == {("amos_0001", str(halves[0])), ("amos_0402", str(halves[1]))}
     assert all("interrupted download" in p.do for p in errors(e.value.problems)) and not (tmp_path / "s").exists()
-    with (tmp_path / "s_problems.csv").open() as f: assert [r["case"] for r in csv.DictReader(f) if r["severity"] == "error"] == ["amos_0001", "amos_0402"]
+    with (tmp_path / "problems.csv").open() as f: assert [r["case"] for r in csv.DictReader(f) if r["severity"] == "error"] == ["amos_0001", "amos_0402"]
     assert prepare(data, tmp_path / "s", replace(CONFIG, exclude=("amos_0001", "amos_0402"))).splits == {"train": ["amos_0002", "amos_0003"], "val": ["amos_0401"]}
 
 
@@ -523,7 +523,7 @@ def test_F17_one_table_for_a_folder(data, tmp_path):
                      ("amos_0401", "the same case as amos_0401.nii"), ("amos_0411", "the same voxels as amos_0001 (train and val)")}
     assert ("amos_0005", "the same voxels as amos_0001 (train and train)", "note") in {(p.case, p.found, p.severity) for p in e.value.problems}
     assert all(p.path and p.expected and p.do for p in errors(e.value.problems)) and not (tmp_path / "s").exists()
-    with (tmp_path / "s_problems.csv").open() as f: assert {(r["case"], r["found"]) for r in csv.DictReader(f) if r["severity"] == "error"} == found
+    with (tmp_path / "problems.csv").open() as f: assert {(r["case"], r["found"]) for r in csv.DictReader(f) if r["severity"] == "error"} == found
 
 
 def test_F17_a_scan_on_both_sides_of_a_split_file(data, tmp_path):
@@ -588,12 +588,12 @@ def test_F18_a_folder_of_hostile_names(original, nothing_outside):
     assert {c.id for c in cases} == {"amos_0401", "amos_0402"} and len(errors(problems)) == 2 * len(names) and all("1 to 64 letters" in p.expected for p in errors(problems))
     with refused(root / "data", f"in {len(names)} cases", "1 to 64 letters", "Rename the file"): prepare(root / "data", root / "s", CONFIG)
     assert "<img" not in problems_table(problems) and problems_table(problems).count("\n") == len(problems) + 1
-    with (root / "s_problems.csv").open(newline="", encoding="utf-8") as f: rows = list(csv.reader(f))
+    with (root / "problems.csv").open(newline="", encoding="utf-8") as f: rows = list(csv.reader(f))
     assert len(rows) == len(problems) + 1 and not [cell for row in rows for cell in row if cell[:1] in ("=", "+", "-", "@")]
     (root / "p.csv").write_bytes(b"")
     written = write_problems(root / "p.csv", [replace(problems[0], case=n, found=n, do=n) for n in NAMES])
     with written.open(newline="", encoding="utf-8") as f: assert not [cell for row in csv.reader(f) for cell in row if cell[:1] in ("=", "+", "-", "@")]
-    assert sorted(p.name for p in root.iterdir()) == ["data", "p.csv", "s_problems.csv"] or sorted(p.name for p in root.iterdir()) == [".s.lock", "data", "p.csv", "s_problems.csv"]
+    assert sorted(p.name for p in root.iterdir()) == ["data", "p.csv", "problems.csv"] or sorted(p.name for p in root.iterdir()) == [".s.lock", "data", "p.csv", "problems.csv"]
 
 
 def test_F18_synthesis_under_hostile_names(nothing_outside):
@@ -787,13 +787,16 @@ def test_F20_one_flipped_bit_in_a_store_is_found(original, tmp_path):
 def test_F20_trainings_and_evaluations_verify_their_store(root, original, tmp_path, monkeypatch):
     "Each of the ways in looks at the checksums once; helpers of a process that has looked do not."
     from ctdiffusion.synthesis import processes
-    s = prepare(original, tmp_path / "run/store", CONFIG)
+    s = prepare(original, tmp_path / "run/store", replace(CONFIG, size=64))
     with (s.path / "images.npy").open("r+b") as f: f.seek(5000); f.write(b"\xff")
     with refused(s.path, "damaged slices"): open_store(s.path)
+    job = processes.TrainJob(run_dir=str(tmp_path / "run"))
+    for given in (job, replace(job, data_root=str(original))):
+        with refused(s.path, "damaged slices"): processes.prepared(given, processes.beginning(job)[1], None)
     with refused(s.path, "damaged slices"): processes.main(["train", "-p", "run_dir", str(tmp_path / "run")])
     monkeypatch.setattr(processes, "train_job", lambda job, store: store.hash)
     monkeypatch.setattr(processes, "leave_with_parent", lambda run: None)
     monkeypatch.setenv("CTDIFFUSION_CHILD", "1")
     processes.main(["train", "-p", "run_dir", str(tmp_path / "run")])
-    cells = {job: "\n".join("".join(c["source"]) for c in json.loads((root / f"nbs/{job}.ipynb").read_text(encoding="utf-8"))["cells"]) for job in ("train", "evaluate")}
-    assert 'store = prepare(root, job.store or run / "store"' in cells["train"] and 'open_store(job.folder("store"))' in cells["evaluate"]
+    evaluate = "\n".join("".join(c["source"]) for c in json.loads((root / "nbs/evaluate.ipynb").read_text(encoding="utf-8"))["cells"])
+    assert 'open_store(job.folder("store"))' in evaluate

@@ -137,14 +137,14 @@ def test_F22_through_papermill(tmp_path, given, tagged, said):
 
 # ------------------------------------------------------------------------------------------------ F23: values on the way
 
-@pytest.mark.parametrize("name, value, result", [("init", "0007", "0007"), ("init", 7, "7"), ("sampler", 250, "250"), ("max_steps", "1_000", 1000), ("max_steps", 1e3, 1000), ("max_hours", "1e-3", 1e-3), ("max_hours", 1, 1.0),
+@pytest.mark.parametrize("name, value, result", [("init", "0007", "0007"), ("init", 7, "text"), ("sampler", 250, "250"), ("max_steps", "1_000", 1000), ("max_steps", 1e3, 1000), ("max_hours", "1e-3", 1e-3), ("max_hours", 1, 1.0),
     ("milestones", "True", True), ("milestones", 0, False), ("seed", None, 0), ("seed", "", 0), ("seed", "123456789012345678", 123456789012345678), ("store", "'; rm -rf /'", "'; rm -rf /'"), ("store", "[1, 2]", "[1, 2]"),
     ("max_steps", float("nan"), "whole number"), ("max_steps", "nan", "whole number"), ("max_hours", float("inf"), "finite number"), ("max_hours", "-inf", "finite number"), ("lr", 10**400, "finite number"),
     ("max_steps", 10**400, "whole number"), ("seed", True, "whole number"), ("seed", 0.5, "whole number"), ("seed", "None", "whole number"), ("seed", "1" * 19, "whole number"), ("seed", "9" * 5000, "whole number"), ("batch", "[1,2]", "whole number"),
     ("batch", [1, 2], "whole number"), ("batch", b"12", "whole number"), ("store", [1, 2], "not text"), ("store", dict(a=1), "not text"), ("store", True, "not text"), ("milestones", 2, "true or false"), ("milestones", "maybe", "true or false")])
 def test_F23_values_changed_on_the_way(name, value, result):
     "What papermill, YAML or a form made of a value becomes what the job declares, or is refused; there are no lists among parameters, only names between commas."
-    kind, wrong = type(getattr(TrainJob(), name)), isinstance(result, str) and any(w in result for w in ("number", "not text", "true or false"))
+    kind, wrong = type(getattr(TrainJob(), name)), isinstance(result, str) and any(w in result for w in ("number", "text", "true or false"))
     if wrong:
         with refused("parameters", name, result): check_parameters({name: value}, TrainJob)
     else:
@@ -153,13 +153,14 @@ def test_F23_values_changed_on_the_way(name, value, result):
 
 
 def test_F23_an_id_that_became_a_number_is_no_other_id(tmp_path):
-    "-p exclude 0007 arrives as 7: no patient is called that, and nobody is taken for him."
+    "-p exclude 0007 arrives as 7, which is refused; as text it is patient 0007, and patient 7 is unknown."
     for kind in ("images", "labels"):
         (tmp_path / f"{kind}Tr").mkdir()
         for id in ("0007", "0008"): (tmp_path / f"{kind}Tr" / f"{id}.nii.gz").touch()
     cases, _ = choose(tmp_path, PrepareConfig(64, exclude=(coerce("0007", str),)))
     assert [c.id for c in cases] == ["0008"]
-    with refused(tmp_path, "['7']", "exclude"): choose(tmp_path, PrepareConfig(64, exclude=(coerce(7, str),)))
+    with refused(tmp_path, "['7']", "exclude"): choose(tmp_path, PrepareConfig(64, exclude=("7",)))
+    with pytest.raises(ValueError): coerce(7, str)
 
 
 # -------------------------------------------------------------------------------------------------------- F24: no code
