@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['JUDGES', 'EvaluateJob', 'open_job', 'logged', 'judge_of', 'features_of', 'synthesize_share', 'synthesize_together',
-           'main', 'reference_rows', 'milestone_rows', 'row_name', 'notes_of', 'show_rows', 'plot_organs',
-           'worst_and_best', 'shown_levels', 'patient_pictures', 'air_lines']
+           'main', 'reference_rows', 'milestone_rows', 'notes_of', 'show_rows', 'plot_organs', 'worst_and_best',
+           'shown_levels', 'patient_pictures', 'air_lines']
 
 # %% ../../nbs/58_evaluation.ipynb #30548662
 import sys
@@ -237,7 +237,7 @@ def milestone_rows(
     return [evaluate(job.run_dir, step, store, judge, features, sampler=job.sampler or None, batch=job.batch, device=job.device, **_common(job, say)) for step in kept_steps(job.run_dir, job.milestones)]
 
 # %% ../../nbs/58_evaluation.ipynb #f6deed9b
-def row_name(result: Mapping) -> str:
+def _row_name(result: Mapping) -> str:
     "What a row is called: a reference, or a variant and the steps it was really trained for."
     return REFERENCES.get(result["variant"]) or f"{result['variant']}, {steps_text(result)}"
 
@@ -246,7 +246,7 @@ def notes_of(results: Sequence[Mapping]) -> list[str]:
     notes = dict.fromkeys(note for r in results for note in r.get("notes", []))
     lines = []
     for note in notes:
-        rows = [row_name(r) for r in results if note in r.get("notes", [])]
+        rows = [_row_name(r) for r in results if note in r.get("notes", [])]
         lines.append(note if len(rows) == len(results) else f"{', '.join(rows)}: {note}")
     return lines
 
@@ -256,7 +256,7 @@ def show_rows(results: Sequence[dict]) -> pd.DataFrame:
         v, pair = value(r, c.key), r["intervals"].get(c.key)
         return "–" if np.isnan(v) else f"{v:.{c.digits}f}" + (f" [{pair[0]:.{c.digits}f}, {pair[1]:.{c.digits}f}]" if pair else "")
     distance = next((r["metrics"]["distance_name"] for r in results if r["metrics"]["distance_name"]), COLUMNS[0].header)
-    return pd.DataFrame([[text(r, c) for c in COLUMNS] for r in results], [row_name(r) for r in results], [distance, *[c.header for c in COLUMNS[1:]]]).T
+    return pd.DataFrame([[text(r, c) for c in COLUMNS] for r in results], [_row_name(r) for r in results], [distance, *[c.header for c in COLUMNS[1:]]]).T
 
 # %% ../../nbs/58_evaluation.ipynb #02c0299d
 def plot_organs(results: Sequence[dict]) -> Figure:
@@ -270,7 +270,7 @@ def plot_organs(results: Sequence[dict]) -> Figure:
     for k, r in enumerate(results):
         values = [[c["dice"][o] for c in r["cases"].values() if c["dice"].get(o) is not None] for o in names]
         ax.boxplot(values, positions=np.arange(len(names)) + (k - (len(results) - 1) / 2) * width, widths=0.8 * width, manage_ticks=False, patch_artist=True,
-                   boxprops=dict(facecolor=f"C{k}", alpha=0.5), medianprops=dict(color="black"), flierprops=dict(ms=3), label=row_name(r))
+                   boxprops=dict(facecolor=f"C{k}", alpha=0.5), medianprops=dict(color="black"), flierprops=dict(ms=3), label=_row_name(r))
     ax.set(xticks=range(len(names)), ylabel="Dice, %", ylim=(-3, 103))
     ax.set_xticklabels([n.replace("_", " ") for n in names], rotation=40, ha="right", fontsize=7)
     ax.legend(fontsize=7)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ORGANS', 'COLUMNS', 'METHODS', 'PUBLISHED', 'FORMAT', 'FIELDS', 'METRICS', 'MILESTONES', 'Column', 'value',
-           'mean_dice', 'published', 'faults', 'seal', 'write_results', 'read_results', 'milestone', 'run_length',
-           'steps_text', 'grouped']
+           'mean_dice', 'published', 'faults', 'seal', 'write_results', 'read_results', 'milestone', 'steps_text',
+           'grouped']
 
 # %% ../../nbs/51_results.ipynb #c41116d3
 import hashlib, json
@@ -135,7 +135,7 @@ def milestone(step: int, last: int) -> str | None:
     "The row of the paper that a step of a run of `last` steps stands for, if it stands for one."
     return next((name for name, m in MILESTONES.items() if round(last * m / 150_000) == step), None)
 
-def run_length(
+def _run_length(
     result: Mapping,  # with "step" and "milestone"; newer ones also say "steps"
 ) -> int | None:      # None: not known
     "Steps of the whole run: as the result says, or worked out from the milestone it stands for."
@@ -149,7 +149,7 @@ def steps_text(
     result: Mapping,
 ) -> str:
     "The steps that were taken; a milestone is named as the paper's only where it is one."
-    last, name = run_length(result), result["milestone"]
+    last, name = _run_length(result), result["milestone"]
     text = f"step {result['step']:,}"
     if last is not None:
         text += f" of {last:,}"
