@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['beginning', 'looked_at', 'every', 'training', 'depart', 'leave_with_parent', 'cores', 'together', 'as_words',
-           'enough', 'train_job', 'share', 'stand_alone', 'synthesize_many', 'check_file_name', 'find_volumes',
-           'SynthesizeJob', 'SynthesisError', 'report', 'synthesize_job', 'read_words', 'main']
+           'enough', 'train_job', 'share', 'stand_alone', 'synthesize_many', 'find_volumes', 'SynthesizeJob',
+           'SynthesisError', 'synthesize_job', 'read_words', 'main']
 
 # %% ../../nbs/42_processes.ipynb #5658b888
 import hashlib, json, os, re, subprocess, sys, threading, time
@@ -196,7 +196,7 @@ def _stem(name: str) -> str:
     found = re.fullmatch(r"(.+)\.nii(\.gz)?", name, re.IGNORECASE | re.DOTALL)
     return found[1] if found else ""
 
-def check_file_name(path: Path) -> None:
+def _check_file_name(path: Path) -> None:
     "Refuse a name that a shell or a page could take for more than a name."
     name = path.name
     if name.isprintable() and not set(name) & _UNSAFE and name[0] != "-" and len(name) <= 200: return
@@ -207,7 +207,7 @@ def _not_understood(path: Path) -> Problem | None:
     if path.is_dir(): return Problem(path.name, str(path), "a folder", "label volumes, .nii.gz or .nii", "Left out.", "note")
     if path.name.lower().endswith(_OTHER_FORMATS): return Problem(path.name, str(path), "another format", "NIfTI, .nii.gz or .nii", "Convert it to NIfTI.")
     if not _stem(path.name): return Problem(path.name, str(path), "no volume by its name", ".nii.gz or .nii", "Left out.", "note")
-    try: check_file_name(path)
+    try: _check_file_name(path)
     except CTDiffusionError as e: return as_problem(path.name, e)
 
 def _image_of(path: Path, images: Path) -> Path:
@@ -285,7 +285,7 @@ class SynthesisError(CTDiffusionError):
         super().__init__(folder, f"{len(bad)} files that no CT could be made of, the first is {first}", "label volumes of which a CT can be made", f"{bad[0].do} The table names them all; the others are made.")
         self.problems = problems
 
-def report(
+def _report(
     folder: str | Path,
     problems: list[Problem],
     say: Callable[[str], object] = print,
@@ -333,7 +333,7 @@ def synthesize_job(
         enough(job, job.device)
         for old in folder.glob(".problems.*"): old.unlink()
         together("ctdiffusion.synthesis.processes", ["synthesize", *as_words(job)], job.processes, folder / "processes.log", job.threads, say)
-        report(job.labels, problems + _rows_of(sorted(folder.glob(".problems.*"))), say)
+        _report(job.labels, problems + _rows_of(sorted(folder.glob(".problems.*"))), say)
         return [v["out"] for v in volumes]
     rank, world = stand_alone()
     if job.threads: torch.set_num_threads(job.threads)
@@ -343,7 +343,7 @@ def synthesize_job(
         folder.mkdir(parents=True, exist_ok=True)
         mine = _handed_over(folder, rank, world, mine)
     first = rank == 0 and not os.environ.get("CTDIFFUSION_CHILD")
-    report(job.labels, (problems if first else []) + mine, say)
+    _report(job.labels, (problems if first else []) + mine, say)
     return made
 
 # %% ../../nbs/42_processes.ipynb #4bf98375
