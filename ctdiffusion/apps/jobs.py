@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['BUDGETS', 'RATES', 'PATIENTS', 'JUDGING', 'WHERE', 'ASIDE', 'GPU', 'SHOWN', 'START', 'ReproduceJob', 'Task', 'plan',
-           'differences', 'trained', 'store_differences', 'state', 'notebooks', 'seconds', 'slices', 'price',
-           'confirm_bill', 'priced', 'draw']
+           'differences', 'trained', 'state', 'notebooks', 'seconds', 'slices', 'price', 'confirm_bill', 'priced',
+           'draw']
 
 # %% ../../nbs/60_jobs.ipynb #59485518
 import hashlib, json, os, sys
@@ -149,7 +149,7 @@ def trained(task: Task) -> bool:
     done = task.run / "DONE"
     return done.exists() and int(done.read_text()) >= TrainJob(**task.parameters).config().train.max_steps
 
-def store_differences(task: Task) -> str:
+def _store_differences(task: Task) -> str:
     "What a prepared store says otherwise than the plan, or what has changed in its data since; empty where they agree."
     store, p = Store(task.makes[0].parent), task.parameters
     then = asdict(store.config)
@@ -165,7 +165,7 @@ def state(task: Task) -> str:
         return f"another run: {other}" if other else "done" if trained(task) else "interrupted"
     there = task.kind != "train" and all(m.exists() for m in task.makes)
     if there and task.kind == "prepare":
-        other = store_differences(task)
+        other = _store_differences(task)
         return f"another store: {other}" if other else "done"
     if there and task.record.exists() and read_json(task.record).get("digest") == task.digest: return "done"
     return "interrupted" if task.log.exists() else "new"

@@ -6,8 +6,7 @@
 __all__ = ['CORE_SPEED', 'PASSES', 'DAY', 'asked_config', 'volumes_folder', 'prepared', 'whole_patient', 'beginning', 'looked_at',
            'every', 'training', 'depart', 'leave_with_parent', 'cores', 'together', 'network_cost', 'training_price',
            'confirm_price', 'as_words', 'enough', 'train_job', 'share', 'stand_alone', 'synthesize_many',
-           'check_file_name', 'find_volumes', 'SynthesizeJob', 'SynthesisError', 'report', 'synthesize_job',
-           'read_words', 'main']
+           'find_volumes', 'SynthesizeJob', 'SynthesisError', 'synthesize_job', 'read_words', 'main']
 
 # %% ../../nbs/42_processes.ipynb #5658b888
 import hashlib, json, os, re, subprocess, sys, threading, time
@@ -323,7 +322,7 @@ def synthesize_many(
 # %% ../../nbs/42_processes.ipynb #b45b7246
 _UNSAFE = set("/\\:*?\"<>|$`;&")
 
-def check_file_name(
+def _check_file_name(
     stem: str,   # without its suffix
     path: Path,
 ) -> str:        # the same
@@ -345,8 +344,8 @@ def find_volumes(
 ) -> tuple[list[dict], list[Problem]]:  # arguments of `synthesize` for each volume; what was not understood
     "The label volumes of a folder, and a row for each other file in it."
     refuse_inputs([out], [labels, images] if images else [labels])
-    found, problems = volumes_in(labels, check_file_name)
-    scans = volumes_in(images, check_file_name)[0] if images else {}
+    found, problems = volumes_in(labels, _check_file_name)
+    scans = volumes_in(images, _check_file_name)[0] if images else {}
     volumes = []
     for case, path in found.items():
         volume = dict(labels=path, out=Path(out) / _written_name(path))
@@ -406,7 +405,7 @@ class SynthesisError(CTDiffusionError):
         super().__init__(folder, f"{len(bad)} files that no CT could be made of, the first is {first}", "label volumes of which a CT can be made", f"{bad[0].do} The table names them all; the others are made.")
         self.problems = problems
 
-def report(
+def _report(
     folder: str | Path,
     problems: list[Problem],
     say: Callable[[str], object] = print,
@@ -454,7 +453,7 @@ def synthesize_job(
         enough(job, job.device)
         for old in folder.glob(".problems.*"): old.unlink()
         together("ctdiffusion.synthesis.processes", ["synthesize", *as_words(job)], job.processes, folder / "processes.log", job.threads, say)
-        report(job.labels, problems + _rows_of(sorted(folder.glob(".problems.*"))), say)
+        _report(job.labels, problems + _rows_of(sorted(folder.glob(".problems.*"))), say)
         return [v["out"] for v in volumes]
     rank, world = stand_alone()
     if job.threads: torch.set_num_threads(job.threads)
@@ -464,7 +463,7 @@ def synthesize_job(
         folder.mkdir(parents=True, exist_ok=True)
         mine = _handed_over(folder, rank, world, mine)
     first = rank == 0 and not os.environ.get("CTDIFFUSION_CHILD")
-    report(job.labels, (problems if first else []) + mine, say)
+    _report(job.labels, (problems if first else []) + mine, say)
     return made
 
 # %% ../../nbs/42_processes.ipynb #4bf98375
