@@ -164,6 +164,7 @@ def _shift_words(shift: np.ndarray) -> str:
 
 # %% ../../nbs/03_alignment.ipynb #f65ea509
 _FEWEST = 10    # samples outside of soft tissue; with fewer nothing is said
+_ENOUGH_INSIDE = 30  # samples of an organ, about 4 ml
 _SEVERAL = 3    # organs; one organ may find soft tissue elsewhere by chance
 _CLEAR = 15.0   # mm; a shorter shift is no proof that the label map was moved
 
@@ -197,10 +198,11 @@ def placement_fault(
     worst = sorted(values.items(), key=lambda item: item[1].outside / item[1].voxels, reverse=True)
     organs = ", ".join(f"{n} {v.outside / v.voxels:.0%} (median {v.median:.0f} HU)" for n, v in worst[:3] if v.outside)
     do, clear = _repair(pair, points, organ, table)
-    sure = clear and len(values) >= _SEVERAL
+    lost = any(v.voxels >= _ENOUGH_INSIDE and v.outside > v.voxels / 2 for v in values.values())
+    error = share > ERROR or lost or (clear and len(values) >= _SEVERAL)
     low, high = SOFT_TISSUE
     return (f"labels beside their organs: {share:.1%} of the inside of the solid organs is air, fat or bone: {organs}",
-            f"less than {NOTE:.0%} outside of {low} to {high} HU", do, "error" if sure or share > ERROR else "note")
+            f"less than {NOTE:.0%} outside of {low} to {high} HU", do, "error" if error else "note")
 
 # %% ../../nbs/03_alignment.ipynb #082e8395
 class Extent(NamedTuple):
