@@ -105,8 +105,7 @@ def test_somebody_elses_run_stops_only_what_needs_it(tiny, root):
     task = named(plan(tiny), "train-pix2pix-s0")
     (task.run).mkdir(parents=True)
     (task.run / "run.json").write_text(json.dumps(dict(seed=7)))
-    (tiny.folder / "store").mkdir()
-    (tiny.folder / "store" / "manifest.json").write_text(json.dumps(dict(hash="0")))
+    prepare(make_dataset(tiny.data, 1, 1), tiny.folder / "store", PrepareConfig(64))
     ended = launch.run_tasks(plan(tiny), 1, lambda line: None, root / "nbs")
     assert list(ended.values()) == ["done", "another run: seed=7 (planned 0)", "not begun: train-pix2pix-s0 is not done"]
     with pytest.raises(CTDiffusionError, match="another run"): launch.insist(ended, tiny)
