@@ -27,7 +27,7 @@ demo: $(READY)
 test: $(READY)
 	@pages=passed; tests=passed; \
 	OMP_NUM_THREADS=1 $(BIN)/nbdev_test --file_re '$(PAGES)' --n_workers 2 --do_print || pages='FAILED, their names stand before the tests'; \
-	$(BIN)/python -m pytest || tests=FAILED; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses 2 --dist loadfile || tests=FAILED; \
 	printf '\npages: %s\ntests: %s\n' "$$pages" "$$tests"; \
 	test "$$pages $$tests" = 'passed passed'
 

@@ -151,7 +151,9 @@ def trained(task: Task) -> bool:
 
 def _store_differences(task: Task) -> str:
     "What a prepared store says otherwise than the plan, or what has changed in its data since; empty where they agree."
-    store, p = Store(task.makes[0].parent), task.parameters
+    p = task.parameters
+    try: store = Store(task.makes[0].parent)
+    except CTDiffusionError as e: return f"{e.path}: {e.found}"
     then = asdict(store.config)
     wrong = [f"{k}={then[k]!r} (planned {p[k]!r})" for k in ("size", "level", "width") if then[k] != p[k]]
     data = Path(p["data_root"])
