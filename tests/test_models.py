@@ -51,7 +51,7 @@ def test_timestep_embedding_of_floats_and_odd_lengths():
     (lambda: EdgeGuided(256, encoding="scalar"), 137_283_842),
     (lambda: EdgeGuided(256, encoding="scalar").encoder, 15_516_672),
     (lambda: EdgeGuided(256), 137_302_274),
-], ids=str)
+], ids=lambda value: f"{value:,}" if isinstance(value, int) else "network")
 def test_parameter_counts_of_the_paper(make, expected):
     with torch.device("meta"): assert n_params(make()) == expected
 
