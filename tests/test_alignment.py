@@ -383,5 +383,5 @@ def test_right_real_data_give_no_alarm(name):
 @pytest.mark.fault("F46")
 def test_varied_drawn_patients_give_no_alarm():
     for seed, (what, change) in enumerate(VARIATIONS.items()):
-        found = alarms(*change(*drawn(seed, 64, "none" if "arterial" in what or what == "portal" else None)))
+        found = alarms(*change(*drawn(seed, 48, "none" if "arterial" in what or what == "portal" else None)))
         assert found == [], (what, seed, found)
