@@ -39,7 +39,7 @@ from ..models.variants import one_of
 from ..synthesis.processes import as_words, enough, leave_with_parent, read_words, share, stand_alone, together
 from ..synthesis.synthesis import load
 from ..training.folder import read_run
-from ..training.parameters import Job
+from ..training.parameters import Job, runs_folder
 from ..training.runs import crash_point
 
 # %% ../../nbs/58_evaluation.ipynb #ab891f3f
@@ -48,7 +48,7 @@ JUDGES = ("embedded", "totalsegmentator", "none")
 @dataclass(frozen=True)
 class EvaluateJob(Job):
     "The parameters of nbs/evaluate.ipynb."
-    run_dir: str = "runs/mask-demo-s0"
+    run_dir: str = ""          # "": the demo's, mask-demo-s0 in `runs_folder`
     data_root: str = ""        # "": run_dir/data
     store: str = ""            # "": run_dir/store
     shared: str = ""           # "": shared/HASH OF THE STORE beside run_dir
@@ -66,6 +66,8 @@ class EvaluateJob(Job):
     processes: int = 0         # on this computer, for synthesis and the judge; 0, 1: the notebook's own
 
     def __post_init__(self):
+        if not self.run_dir:
+            object.__setattr__(self, "run_dir", str(runs_folder() / "mask-demo-s0"))
         one_of(self.judge, JUDGES, "judge"); one_of(self.judge_mode, MODES, "judge_mode")
         if self.sampler: parse_sampler(self.sampler, make_schedule())
         self.within(batch=1)

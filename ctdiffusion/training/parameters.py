@@ -54,6 +54,9 @@ def coerce(
 _WRITTEN = ("run_dir", "root", "store", "shared", "out")  # folders that a job fills
 _NUMBERS_TOO = ("sampler",)  # text that may be a whole number: "250" means 250 steps
 
+def _whole_number(value: Any) -> bool:
+    return type(value) is int and abs(value) < 10**18
+
 def _shown(value: Any) -> str:
     "A value on one line that is not too long."
     try: text = repr(value)
@@ -77,7 +80,7 @@ def check_parameters(
     types, wrong = get_type_hints(job), []
     names = [f.name for f in fields(job)]
     alike = lambda given, name: max(SequenceMatcher(None, given, word).ratio() for word in (name, *name.split("_")))
-    given = {k: str(v) if k in _NUMBERS_TOO and type(v) is int else v for k, v in given.items()}
+    given = {k: str(v) if k in _NUMBERS_TOO and _whole_number(v) else v for k, v in given.items()}
     asked = {k: v for k, v in given.items() if k not in names or not (v is None or isinstance(v, str) and not v)}
     for name, value in asked.items():
         fault = _fault(name, value, types[name]) if name in names else f"did you mean {max(names, key=lambda n: alike(name, n))}?"
