@@ -79,7 +79,10 @@ def check_parameters(
     "The job that was asked for, or one error with everything that is wrong and the nearest valid names."
     types, wrong = get_type_hints(job), []
     names = [f.name for f in fields(job)]
-    alike = lambda given, name: max(SequenceMatcher(None, given, word).ratio() for word in (name, *name.split("_")))
+    def alike(given: str, name: str) -> float:
+        whole = SequenceMatcher(None, given, name).ratio()
+        word = max(SequenceMatcher(None, given, word).ratio() for word in name.split("_"))
+        return max(whole, 0.9 * word)  # "label" is rather "labels" than "label_scheme"
     given = {k: str(v) if k in _NUMBERS_TOO and _whole_number(v) else v for k, v in given.items()}
     asked = {k: v for k, v in given.items() if k not in names or not (v is None or isinstance(v, str) and not v)}
     for name, value in asked.items():
