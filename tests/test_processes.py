@@ -124,5 +124,5 @@ def test_refusals(data, labels, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(CTDiffusionError, match="4 for 2 graphics cards"): train_job(TrainJob(processes=4), data[1])
     with pytest.raises(CTDiffusionError, match="0 or more"): TrainJob(processes=-1)
-    with pytest.raises(CTDiffusionError, match="4 label volumes; out=''"): labels.volumes()
+    with pytest.raises(CTDiffusionError, match="out=''"): labels.volumes()
     with pytest.raises(CTDiffusionError, match="mask-demo"): processes.main(["synthesize", *as_words(replace(labels, out="x", model="mask-dmeo"))])

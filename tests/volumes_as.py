@@ -1,4 +1,5 @@
 "A drawn volume in the files that other software writes: what several tests save and read back."
+import locale
 from pathlib import Path
 
 import nibabel as nib
@@ -57,6 +58,7 @@ def save_series(folder: Path, data: np.ndarray, affine: np.ndarray, **tags: str)
     along = (lps[:3, :2] / spacing[:2]).T.ravel()
     writer = sitk.ImageFileWriter()
     writer.KeepOriginalImageUIDOn()
+    before = locale.setlocale(locale.LC_ALL)  # GDCM's writer sets it to "C" for the whole process
     for k in range(data.shape[2]):
         one = sitk.GetImageFromArray(np.ascontiguousarray(data[:, :, k].T)[None])
         one.SetSpacing(spacing.tolist())
@@ -67,6 +69,7 @@ def save_series(folder: Path, data: np.ndarray, affine: np.ndarray, **tags: str)
             one.SetMetaData(key.removeprefix("t"), value)
         writer.SetFileName(str(folder / f"{(k * 7) % data.shape[2]:03d}-{k:03d}.dcm"))
         writer.Execute(one)
+    locale.setlocale(locale.LC_ALL, before)
     return folder
 
 

@@ -327,7 +327,7 @@ def _check_file_name(
     path: Path,
 ) -> str:        # the same
     "Refuse a name that a shell or a page could take for more than a name."
-    if stem.isprintable() and not set(stem) & _UNSAFE and stem[0] != "-" and len(stem) <= 200:
+    if stem.isprintable() and not set(stem) & _UNSAFE and stem[0] != "-" and len(path.name) <= 200:
         return stem
     raise CTDiffusionError(path, f"file name {path.name[:80]!r}",
                            "at most 200 letters, digits, spaces, '.', '_', '-', ...; none of " + " ".join(sorted(_UNSAFE)),
@@ -380,11 +380,13 @@ class SynthesizeJob(Job):
 
     def found(self) -> tuple[list[dict], list[Problem]]:
         "What `synthesize` is to be told of each volume, and what of the folder was not understood."
-        volumes, problems = find_volumes(self.labels, self.out, self.images) if self.labels and self.out else ([], [])
-        if volumes or problems:
-            return volumes, problems
-        raise CTDiffusionError(self.labels or "labels", f"no label volumes; out={self.out!r}",
-                               "a folder with label volumes, and a folder for the results", "Pass -p labels FOLDER -p out FOLDER.")
+        if not self.labels or not self.out:
+            raise CTDiffusionError("labels and out", f"labels={self.labels!r}, out={self.out!r}",
+                                   "a folder with label volumes, and a folder for the results", "Pass -p labels FOLDER -p out FOLDER.")
+        volumes, problems = find_volumes(self.labels, self.out, self.images)
+        if not volumes and not problems:
+            raise CTDiffusionError(self.labels, "no label volumes", "a folder with label volumes", "Correct the folder.")
+        return volumes, problems
 
     def volumes(self) -> list[dict]:
         "What `synthesize` is to be told of each volume."

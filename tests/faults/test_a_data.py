@@ -784,8 +784,9 @@ def test_F20_one_flipped_bit_in_a_store_is_found(original, tmp_path):
     assert content(prepare(original, s.path, CONFIG, rebuild=True).path) == content(prepare(original, tmp_path / "t", CONFIG).path)
 
 
-def test_F20_trainings_and_evaluations_verify_their_store(root, original, tmp_path, monkeypatch):
+def test_F20_trainings_and_evaluations_verify_their_store(original, tmp_path, monkeypatch):
     "Each of the ways in looks at the checksums once; helpers of a process that has looked do not."
+    from ctdiffusion.evaluation import evaluation
     from ctdiffusion.synthesis import processes
     s = prepare(original, tmp_path / "run/store", replace(CONFIG, size=64))
     with (s.path / "images.npy").open("r+b") as f: f.seek(5000); f.write(b"\xff")
@@ -798,5 +799,6 @@ def test_F20_trainings_and_evaluations_verify_their_store(root, original, tmp_pa
     monkeypatch.setattr(processes, "leave_with_parent", lambda run: None)
     monkeypatch.setenv("CTDIFFUSION_CHILD", "1")
     processes.main(["train", "-p", "run_dir", str(tmp_path / "run")])
-    evaluate = "\n".join("".join(c["source"]) for c in json.loads((root / "nbs/evaluate.ipynb").read_text(encoding="utf-8"))["cells"])
-    assert 'open_store(job.folder("store"))' in evaluate
+    monkeypatch.setattr(evaluation, "kept_steps", lambda run_dir, milestones: [1])
+    (tmp_path / "run/run.json").touch()
+    with refused(s.path, "damaged slices"): evaluation.open_job(evaluation.EvaluateJob(run_dir=str(tmp_path / "run")))
