@@ -1,6 +1,6 @@
 # make demo   train on drawn patients, then synthesise a held-out volume (minutes, no GPU, no data)
 # make test   run every page, then pytest (also where a page failed), and report both
-# make lab    start JupyterLab with the pages
+# make lab    start JupyterLab with the pages; as root: make lab LAB=--allow-root
 # make faults  run the tests of the fault table, and print the table
 # make bench  time the project beside its peers, quiet calls only (see bench/README.md; best on an idle machine)
 # Each sets up .venv on the first call and reuses it afterwards.
@@ -32,7 +32,7 @@ test: $(READY)
 	test "$$pages $$tests" = 'passed passed'
 
 lab: $(READY)      # with the root of the project as its root, so that a page can be read beside everything else
-	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs
+	$(BIN)/jupyter lab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/nbs $(LAB)
 
 faults: $(READY)
 	$(BIN)/python -m pytest --fault-table

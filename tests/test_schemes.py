@@ -175,6 +175,15 @@ def test_mirrored_labels_stay_mirrored(tmp_path):
     assert recognise_scheme(foreign, p.spacing).schemes == ("totalsegmentator-v2",)
 
 
+def test_ids_of_another_scheme_are_named_although_two_organs_are_exchanged(tmp_path):
+    p = phantom(0, 48)
+    foreign = written_in("totalsegmentator-v2", p.labels)[0]
+    exchanged = np.where(foreign == 8, 9, np.where(foreign == 9, 8, foreign))  # the adrenal glands
+    (problem,) = errors(read_case(case_in(tmp_path, p.hu, exchanged, p.affine))[2])
+    assert "TotalSegmentator v2" in problem.found
+    assert "label_scheme='totalsegmentator-v2'" in problem.do
+
+
 def test_an_impossible_organ_that_no_scheme_explains_is_a_note(tmp_path):
     p = phantom(0, 48)
     labels = np.where(p.labels == AMOS.id("liver"), AMOS.id("duodenum"), p.labels)

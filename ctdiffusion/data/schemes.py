@@ -290,10 +290,16 @@ def _reading(regions: dict[int, Region], scheme: str, table: ClassTable) -> Read
     names = scheme_names(scheme, table)
     return judge_reading(regions, _known_names(names, table, scheme))
 
-def _explaining(regions: dict[int, Region], table: ClassTable, scheme: str) -> tuple[str, ...]:
-    "The schemes, other than the one asked for, by which all ids and their anatomy make sense."
+def _explaining(
+    regions: dict[int, Region],
+    table: ClassTable,
+    scheme: str,        # the one asked for
+    unknown: bool,      # has it ids that the one asked for does not have?
+) -> tuple[str, ...]:
+    "The other schemes by which all ids and their anatomy make sense; nearly all where ids are unknown."
     asked = scheme_names(scheme, table)
     support = {}
+    nearly = {}         # a few organs are in the wrong order, adrenals exchanged for example
     for other in (*TITLES, table.name):
         names = scheme_names(other, table)
         same = all(names.get(i) == asked.get(i) for i in regions)
@@ -304,7 +310,10 @@ def _explaining(regions: dict[int, Region], table: ClassTable, scheme: str) -> t
         reading = _reading(regions, other, table)
         if reading.support and not reading.against:
             support[other] = reading.support
-    return tuple(other for other in support if 2 * support[other] >= max(support.values()))
+        elif unknown and reading.support > 2 * len(reading.against):
+            nearly[other] = reading.support
+    found = support or nearly
+    return tuple(other for other in found if 2 * found[other] >= max(found.values()))
 
 def recognise_scheme(
     ids: np.ndarray,           # (X, Y, Z) whole numbers, RAS order
@@ -329,7 +338,7 @@ def recognise_scheme(
         why.append(Contradiction(f"unknown ids {some}", tuple(unknown[:2])))
     if not why:
         return None
-    return Suspicion(tuple(why), _explaining(regions, table, scheme), body)
+    return Suspicion(tuple(why), _explaining(regions, table, scheme, bool(unknown)), body)
 
 # %% ../../nbs/01_schemes.ipynb #467a2078
 def _scheme_error(found: Suspicion, path: str | Path, table: ClassTable, scheme: str) -> CTDiffusionError:

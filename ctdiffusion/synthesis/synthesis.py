@@ -252,7 +252,7 @@ def complete_labels(
         return _estimated(v, labels, table)
     if image is None:
         raise CTDiffusionError(labels, "organs but no body", f"label {table.body} wherever the patient is",
-                               "Pass image=, the CT the labels belong to, to have the body drawn, or body='estimate' to have it estimated from the organs.")
+                               "Pass image=, the CT the labels belong to, to have the body drawn, or body='estimate' to have it estimated from the organs (for a folder: -p images FOLDER or -p body estimate).")
     ct = read_image(image, max_voxels, assume)
     v, moved = on_image_grid(ct, v)
     notes = v.notes + tuple(f"image: {note}" for note in ct.notes) + moved + _pair_notes(ct, v, table)
