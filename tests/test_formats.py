@@ -6,6 +6,7 @@ import re
 import shutil
 import struct
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +15,7 @@ import pytest
 from ctdiffusion.data.cases import find_cases, has_error, read_case, volumes_in
 from ctdiffusion.data.formats import case_name, format_of, has_reader, open_other, readable, stamp, volume_files, volume_sha256
 from ctdiffusion.data.labels import AMOS, CTDiffusionError
+from ctdiffusion.data.phantom import make_dataset
 from ctdiffusion.data.preparation import PrepareConfig, count_slices
 from ctdiffusion.data.store import open_store, prepare, stale
 from ctdiffusion.data.volumes import read_image, read_labels, sha256_file, write_volume
@@ -273,9 +275,9 @@ def test_without_the_extra_one_line_says_what_to_do(tmp_path, patient, monkeypat
     save(tmp_path / "q.mha", patient.hu, patient.affine)
     save(tmp_path / "q.mgz", patient.hu, patient.affine)
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
-    assert not has_reader() and "pip install 'ctdiffusion[formats]'" in readable()
-    with refused("p: found DICOM", r"pip install 'ctdiffusion\[formats\]'", "dcm2niix"): read_image(root / "images/p")
-    with refused("q.mha: found MetaImage", r"pip install 'ctdiffusion\[formats\]'", "Slicer"): read_image(tmp_path / "q.mha")
+    assert not has_reader() and "pip install SimpleITK" in readable()
+    with refused("p: found DICOM", r"pip install SimpleITK", "dcm2niix"): read_image(root / "images/p")
+    with refused("q.mha: found MetaImage", r"pip install SimpleITK", "Slicer"): read_image(tmp_path / "q.mha")
     assert (read_image(tmp_path / "q.mgz").data == patient.hu).all()
     (case,), problems = find_cases(root)
     assert len([p for p in read_case(case)[2] if "pip install" in p.do]) == 2
@@ -473,3 +475,15 @@ def test_paths_that_leave_the_folder_by_their_text_stay_refused(data, name):
     (data / "dataset.json").write_text(json.dumps(dict(training=[dict(image=name, label="./labelsTr/amos_0001.nii.gz")])))
     (problem,) = [p for p in find_cases(data)[1] if p.severity == "error"]
     assert "leaves" in problem.found and problem.path.endswith("dataset.json")
+
+
+@pytest.mark.fault("F52")
+def test_volumes_beside_the_folders_of_images_and_labels_are_listed(tmp_path):
+    make_dataset(tmp_path / "data", train=2, val=0, size=48)
+    root = tmp_path / "data"
+    scan = next((root / "imagesTr").glob("*.nii.gz"))
+    (root / "more").mkdir()
+    for there in (root / "lost.nii.gz", root / "more/q.nii.gz"):
+        shutil.copy(scan, there)
+    notes = {Path(p.path).name: p.severity for p in find_cases(root)[1] if not p.case}
+    assert notes == {"lost.nii.gz": "note", "more": "note"}

@@ -9,6 +9,7 @@ import pytest
 
 from ctdiffusion import CTDiffusionError, load, synthesize
 from ctdiffusion.data.labels import AMOS
+from ctdiffusion.synthesis.synthesis import synthesize_slices
 
 pytestmark = pytest.mark.fault("F59")
 
@@ -133,3 +134,23 @@ def test_what_the_readers_noted_is_said_and_kept(quick, tmp_path):
     notes = json.loads((tmp_path / "ct.json").read_text())["notes"]
     for words in ("labels rounded", "not square", "set to -1024"):
         assert any(words in note for note in notes) and any(words in line for line in told), words
+
+
+@pytest.mark.parametrize("given", [dict(batch=0), dict(seed="x"), dict(sampler="zzz"), dict(rows=[1])], ids=str)
+def test_slices_with_a_wrong_parameter(model, given):
+    masks = np.zeros((2, model.config.size, model.config.size), np.uint8)
+    with pytest.raises(CTDiffusionError):
+        synthesize_slices(model, masks, **given)
+
+
+@pytest.mark.parametrize("masks", [[[1]], np.zeros((0, 64, 64), int), np.full((1, 64, 64), 0.5)], ids=["list", "empty", "real numbers"])
+def test_slices_of_what_is_no_mask(model, masks):
+    with pytest.raises(CTDiffusionError, match="masks"):
+        synthesize_slices(model, masks)
+
+
+@pytest.mark.parametrize("given", [dict(label_scheme=2), dict(assume=5), dict(overwrite="no"), dict(say=3), dict(seed=10**30), dict(batch=10**30)], ids=str)
+def test_a_volume_with_a_parameter_of_another_type(model, given, tmp_path):
+    with pytest.raises(CTDiffusionError, match=next(iter(given))):
+        synthesize(model, tmp_path / "labels.nii.gz", tmp_path / "ct.nii.gz", **given)
+    assert list(tmp_path.iterdir()) == []

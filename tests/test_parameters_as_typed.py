@@ -47,4 +47,4 @@ def test_a_sampler_may_be_a_number():
 def test_the_cell_of_each_job_declares_its_class(root):
     for notebook, job in (("prepare", PrepareJob), ("train", TrainJob), ("evaluate", EvaluateJob), ("reproduce", ReproduceJob)):
         declared = parameters_cell(root / "nbs" / f"{notebook}.ipynb")
-        assert declared == {name: (type(value).__name__, value) for name, value in vars(job()).items()}
+        assert declared == {f.name: (type(f.default).__name__, f.default) for f in fields(job)}

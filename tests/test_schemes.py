@@ -184,11 +184,14 @@ def test_ids_of_another_scheme_are_named_although_two_organs_are_exchanged(tmp_p
     assert "label_scheme='totalsegmentator-v2'" in problem.do
 
 
-def test_an_impossible_organ_that_no_scheme_explains_is_a_note(tmp_path):
+def test_an_impossible_organ_that_no_scheme_explains_is_refused_unless_confirmed(tmp_path):
     p = phantom(0, 48)
     labels = np.where(p.labels == AMOS.id("liver"), AMOS.id("duodenum"), p.labels)
-    found = read_case(case_in(tmp_path, p.hu, labels, p.affine))[2]
-    assert not errors(found) and any("id 13 would be duodenum with" in q.found for q in found)
+    case = case_in(tmp_path, p.hu, labels, p.affine)
+    (problem,) = errors(read_case(case)[2])
+    assert "id 13 would be duodenum with" in problem.found
+    assert "label_scheme='amos'" in problem.do
+    assert not errors(read_case(case, label_scheme="amos")[2])
 
 
 def test_a_table_of_ones_own(tmp_path):

@@ -210,6 +210,24 @@ def _listed(root: Path, limit: int = 2**23) -> list[Problem]:
         return bad(f"a path that is none ({str(e)[:80]})", "paths inside of the folder")
     return [Problem(case_name(n), str(root / n), "listed in dataset.json but missing", "the file", "Download or unpack the data again.") for n in missing]
 
+_NOT_USED = ("imagesTs", "labelsTs")  # of AMOS22 and nnU-Net: no public labels
+
+def _outside_of_layout(root: Path) -> list[Problem]:
+    "A note for each volume beside the folders of images and labels, and for each other folder that holds some."
+    known = {*_NOT_USED, *(name for images, labels, _ in _LAYOUTS for name in (images, labels))}
+    notes = []
+    for path in sorted(root.iterdir()):
+        if path.name.startswith(".") or path.name in known:
+            continue
+        if path.is_dir():
+            found = len(volumes_in(path)[0])
+        else:
+            found = int(format_of(path) is not None)
+        if found:
+            notes.append(Problem("", str(path), f"{found} volume{'s' * (found > 1)} beside images and labels: not read",
+                                 "images and labels in folders of these names", "Move them if they are patients.", "note"))
+    return notes
+
 def find_cases(
     data_root: str | Path,                # folder with imagesTr/labelsTr(/imagesVa/labelsVa) or images/labels
     labelled: bool = True,                # False: images alone, also straight in the folder, for looking at them
@@ -222,6 +240,8 @@ def find_cases(
     for images, labels, split in _LAYOUTS if labelled else [(i, "", "unlabelled") for i, _, _ in _LAYOUTS if (root / i).is_dir()] or [("", "", "unlabelled")]:
         c, p = _pairs(root / images, root / labels, split) if labelled else _alone(root / images)
         cases, problems = cases + c, problems + p
+    if labelled:
+        problems += _outside_of_layout(root)
     if not cases and not has_error(problems):
         seen = "".join(f"; {p.path}: {p.found}" for p in problems[:5])
         raise CTDiffusionError(root, f"no volumes{seen}", f"imagesTr and labelsTr, or images and labels, with {readable()}", "data_instructions.md shows the tree.")

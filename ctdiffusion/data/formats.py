@@ -66,7 +66,7 @@ def format_of(path: str | Path) -> Format | None:
     return next((kind for kind in FORMATS if suffix in kind.suffixes), None)
 
 # %% ../../nbs/01_formats.ipynb #4ed9015a
-_INSTALL = "pip install 'ctdiffusion[formats]'"
+_INSTALL = "pip install SimpleITK"
 
 def has_reader() -> bool:
     "Is SimpleITK installed, which reads NRRD, MetaImage and DICOM?"

@@ -133,7 +133,7 @@ def check_labels(
     if not strange.any(): return
     found = ", ".join(f"{v:g} ({c} voxels)" for v, c in list(zip(values[strange], counts[strange]))[:8])
     raise CTDiffusionError(path, f"labels {found}", f"ids 0 to {table.n - 1} of the table '{table.name}'",
-                           "Correct the file, or pass the class table it was drawn with.")
+                           "Correct the file, or pass label_scheme if it has the ids of another data set. Other organs: a class table for prepare and train.")
 
 # %% ../../nbs/00_labels.ipynb #574d3678
 def colorize(

@@ -66,6 +66,8 @@ def check_scheme(
 ) -> str:               # the same
     "Refuse a scheme that we do not know."
     known = [*TITLES, table.name]
+    if not isinstance(scheme, str):
+        raise CTDiffusionError("label_scheme", repr(scheme)[:80], f"'' or one of {', '.join(dict.fromkeys(known))}", "Pass its name as text.")
     if not scheme or scheme in known:
         return scheme
     nearest = get_close_matches(scheme.lower(), known, 1, 0)[0]
@@ -294,9 +296,9 @@ def _explaining(
     regions: dict[int, Region],
     table: ClassTable,
     scheme: str,        # the one asked for
-    unknown: bool,      # has it ids that the one asked for does not have?
+    nearly_will_do: bool,
 ) -> tuple[str, ...]:
-    "The other schemes by which all ids and their anatomy make sense; nearly all where ids are unknown."
+    "The other schemes by which all ids and their anatomy make sense, or nearly all."
     asked = scheme_names(scheme, table)
     support = {}
     nearly = {}         # a few organs are in the wrong order, adrenals exchanged for example
@@ -310,7 +312,7 @@ def _explaining(
         reading = _reading(regions, other, table)
         if reading.support and not reading.against:
             support[other] = reading.support
-        elif unknown and reading.support > 2 * len(reading.against):
+        elif nearly_will_do and reading.support > 2 * len(reading.against):
             nearly[other] = reading.support
     found = support or nearly
     return tuple(other for other in found if 2 * found[other] >= max(found.values()))
@@ -326,6 +328,7 @@ def recognise_scheme(
         return None
     regions = measure_regions(ids, spacing)
     why = list(_reading(regions, scheme, table).against)
+    impossible = bool(why)
     body = ""
     if scheme in ("", table.name) and table.body in regions:
         share = body_share(ids, table.body)
@@ -338,7 +341,7 @@ def recognise_scheme(
         why.append(Contradiction(f"unknown ids {some}", tuple(unknown[:2])))
     if not why:
         return None
-    return Suspicion(tuple(why), _explaining(regions, table, scheme, bool(unknown)), body)
+    return Suspicion(tuple(why), _explaining(regions, table, scheme, impossible and bool(unknown)), body)
 
 # %% ../../nbs/01_schemes.ipynb #467a2078
 def _scheme_error(found: Suspicion, path: str | Path, table: ClassTable, scheme: str) -> CTDiffusionError:
@@ -353,7 +356,7 @@ def _scheme_error(found: Suspicion, path: str | Path, table: ClassTable, scheme:
     if first == table.name:
         return CTDiffusionError(path, text, f"ids of {asked}", "Leave label_scheme out.")
     choices = " or ".join(f"label_scheme={s!r}" for s in found.schemes)
-    do = f"Pass {choices} to have them converted"
+    do = f"Look up what the ids mean. If they are that, pass {choices} to have them converted"
     if scheme == "":
         do += f", or label_scheme={table.name!r} if they are right as they are"
     return CTDiffusionError(path, text, f"ids of {asked}", do + ".")
@@ -376,11 +379,13 @@ def check_anatomy(
     spacing: np.ndarray,          # (3,) mm
     path: str | Path,             # for the message
     table: ClassTable = AMOS,
-) -> tuple[str, ...]:             # notes
-    "Raise an error for ids of another scheme and for a body that is none; note impossible volumes."
+) -> None:
+    "Raise an error for ids of another scheme, for organs that are far too large, and for a body that is none."
     found = refuse_other_scheme(ids, spacing, path, table)
     if found is None:
-        return ()
+        return
     if found.body:
         raise CTDiffusionError(path, found.body, f"id {table.body} wherever the patient is and no organ", "Correct the file, or remove that id and have the body drawn.")
-    return tuple(f"{c.text}: look at it" for c in found.why if c.volume)
+    large = "; ".join(c.text for c in found.why if c.volume)
+    if large:
+        raise CTDiffusionError(path, large, f"ids of the table '{table.name}'", f"Correct the ids, or pass label_scheme={table.name!r} if they are right as they are.")

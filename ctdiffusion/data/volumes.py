@@ -89,7 +89,7 @@ def check_affine(affine: np.ndarray, path: str | Path) -> np.ndarray:
 
 def assumed_affine(spacing: np.ndarray, path: str | Path, assume: str | None, found: str = "no orientation") -> np.ndarray:
     "The matrix of a file that names no orientation, if the caller does: `assume` is 'RAS', 'LPS', ..."
-    if sorted("LRPAIS".find(c) // 2 for c in assume or "") != [0, 1, 2]:
+    if sorted("LRPAIS".find(c) // 2 for c in str(assume or "")) != [0, 1, 2]:
         raise CTDiffusionError(path, f"{found}, and assume={assume!r}", "a known one", "Repair the header, or pass assume='RAS' (or 'LPS', ...) if you know the order of the voxels.")
     return np.linalg.inv(inv_ornt_aff(axcodes2ornt(assume), (1, 1, 1))) @ np.diag([*spacing, 1.])
 
@@ -390,7 +390,7 @@ def read_labels(
         raise CTDiffusionError(path, f"label {table.body} ({body} voxels)", "organs only: this id is kept for the body, which we draw", "Remove it, or pass a class table that names it.")
     ids = ids.astype(np.uint8, copy=False)
     if anatomy and label_scheme == "":
-        notes += check_anatomy(ids, v.spacing, path, table)
+        check_anatomy(ids, v.spacing, path, table)
     if not ids.any():
         notes += ("no organ labelled",)
     return Volume(ids, v.affine, v.source, notes)

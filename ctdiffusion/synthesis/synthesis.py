@@ -152,7 +152,7 @@ def load(
         run, weights = exported(folder)
         return describe(run, weights, folder, run["sha256"], device, mode)
     if (folder / "run.json").exists(): return _trained(folder, device, step, mode)
-    near = difflib.get_close_matches(str(source), embedded(), 1)
+    near = difflib.get_close_matches(str(source).lower(), embedded(), 1)
     do = f"Did you mean {near[0]!r}?" if near else "Correct the name or the path."
     raise CTDiffusionError(source, "no model of that name and no run folder there", f"one of {', '.join(embedded())}, or a folder with run.json", do)
 
@@ -204,7 +204,12 @@ def synthesize_slices(
     callback: Callable[[dict], None] | None = None,  # sees every step of every batch
 ) -> np.ndarray:                   # (N, size, size) float32 in [0, 1]
     "CT slices for label maps: eq. (5) from noise to x0, or one pass of a generator."
+    _check_model(model)
     _check_masks(model, masks)
+    _check_numbers(seed=(seed, -10**18, 10**18), batch=(batch, 1, 10**5))
+    _check_sampler(sampler, model)
+    if rows is not None and len(rows) != len(masks):
+        raise CTDiffusionError("rows", f"{len(rows)} slice numbers", f"{len(masks)}, one for each mask", "Correct rows.")
     rows, out = np.arange(len(masks)) if rows is None else np.asarray(rows), []
     for at in (slice(i, i + batch) for i in range(0, len(masks), batch)):
         cond = model.net.encode(torch.from_numpy(np.ascontiguousarray(masks[at])).long().to(model.device))
@@ -219,6 +224,10 @@ def _grey(x: Tensor) -> np.ndarray:
 
 def _check_masks(model: Model, masks: np.ndarray) -> None:
     s, n = model.config.size, model.config.classes
+    if not isinstance(masks, np.ndarray) or masks.dtype.kind not in "iub":
+        raise CTDiffusionError("masks", f"{getattr(masks, 'dtype', type(masks).__name__)}", f"an array of whole numbers, (N, {s}, {s})", "Pass the ids of a label map.")
+    if masks.size == 0:
+        raise CTDiffusionError("masks", f"shape {masks.shape}", f"(N, {s}, {s})", "Pass at least one mask.")
     if masks.ndim != 3 or masks.shape[1:] != (s, s): raise CTDiffusionError("masks", f"shape {masks.shape}", f"(N, {s}, {s})", "Resize them with resize_labels.")
     if masks.min() < 0 or masks.max() >= n: raise CTDiffusionError("masks", f"ids {masks.min()} to {masks.max()}", f"0 to {n - 1}", "Use the class table of the model.")
 
@@ -308,7 +317,7 @@ def _path(
     what: str,  # name of the parameter
 ) -> Path:
     "A parameter that must be the path of a file."
-    if isinstance(value, (str, os.PathLike)) and str(value): return Path(value)
+    if isinstance(value, (str, os.PathLike)) and str(value) and "\0" not in str(value): return Path(value)
     raise CTDiffusionError(what, f"{value!r}"[:80], "the path of a file", f"Pass a path as {what}.")
 
 def _labels_file(labels: object) -> Path:
@@ -336,6 +345,11 @@ def _check_numbers(
         limits = [f"{word} {limit:,}" for word, limit in (("at least", low), ("at most", high)) if np.isfinite(limit)]
         expected = ", ".join(["a whole number", *[" and ".join(limits)] * bool(limits)])
         raise CTDiffusionError(name, f"{value!r}"[:80], expected, f"Correct {name}.")
+
+def _check_texts(**given: object) -> None:
+    for name, value in given.items():
+        if value is not None and not isinstance(value, str):
+            raise CTDiffusionError(name, f"{value!r}"[:80], "text", f"Correct {name}.")
 
 def _check_model(model: object) -> None:
     if isinstance(model, Model): return
@@ -372,8 +386,11 @@ def planned_volume(
     "What `synthesize` is asked for, checked and read; nothing is made and nothing is written."
     _check_model(model)
     labels, out = _labels_file(labels), _output_file(out)
-    _check_numbers(seed=(seed, -np.inf, np.inf), batch=(batch, 1, np.inf), air=(air, -2**15, 2**15 - 1), max_voxels=(max_voxels, 1, np.inf))
+    _check_numbers(seed=(seed, -10**18, 10**18), batch=(batch, 1, 10**5), air=(air, -2**15, 2**15 - 1), max_voxels=(max_voxels, 1, np.inf))
     _check_sampler(sampler, model)
+    _check_texts(assume=assume, label_scheme=label_scheme, body=body)
+    if not isinstance(overwrite, bool):
+        raise CTDiffusionError("overwrite", f"{overwrite!r}"[:80], "True or False", "Correct overwrite.")
     inputs = [labels] if image is None else [labels, _path(image, "image")]
     beside = _colour_tables(model.table)
     refuse_inputs([out, sidecar(out), *(out.with_name(name) for name in beside)], inputs)
@@ -415,6 +432,8 @@ def synthesize(
     bone is 240 HU. Outside of the patient they are `air`. The record beside the volume repeats it (`hu_range`).
     Raises CTDiffusionError, before anything is made, for whatever cannot be read, written or believed.
     """
+    if say is not None and not callable(say):
+        raise CTDiffusionError("say", f"{say!r}"[:80], "a function that takes a line of text, print for example", "Correct say.")
     volume, job = planned_volume(model, labels, out, seed, image, sampler, case, batch, air, assume=assume, max_voxels=max_voxels,
                                  overwrite=overwrite, label_scheme=label_scheme, body=body)
     out = Path(out)

@@ -66,7 +66,7 @@ def _shown(value: Any) -> str:
 def _fault(name: str, value: Any, kind: type) -> str | None:
     "What is wrong with a value of a parameter that exists."
     if kind is str and isinstance(value, Real) and not isinstance(value, bool):
-        return f"a number where text is meant; papermill makes 12 of 0012: pass it as text with -r {name} VALUE, or in quotes"
+        return f"a number where text is meant; papermill makes 12 of 0012: pass it as text with -r {name} VALUE"
     try: given = coerce(value, kind)
     except ValueError: return f"not {_NAMED[kind]}"
     if name in _WRITTEN and not os.path.isabs(given) and os.path.normpath(given).split(os.sep)[0] == os.pardir:
