@@ -191,6 +191,26 @@ def slice_noise(
     streams = [generator(seed, int(row), f"synthesis/{case}") for row in rows]
     return lambda k: upload(torch.stack([torch.randn(1, size, size, generator=g) for g in streams]), device)
 
+# %% ../../nbs/40_synthesis.ipynb #60bbecc3
+def _check_numbers(
+    **given: tuple[object, float, float],  # name: value, lowest, highest
+) -> None:
+    for name, (value, low, high) in given.items():
+        if _whole(value) and low <= value <= high: continue
+        limits = [f"{word} {limit:,}" for word, limit in (("at least", low), ("at most", high)) if np.isfinite(limit)]
+        expected = ", ".join(["a whole number", *[" and ".join(limits)] * bool(limits)])
+        raise CTDiffusionError(name, f"{value!r}"[:80], expected, f"Correct {name}.")
+
+def _check_model(model: object) -> None:
+    if isinstance(model, Model): return
+    do = f"Pass load({model!r})." if isinstance(model, str) else "Pass what `load` returns."
+    raise CTDiffusionError("model", f"{model!r}"[:80], "a loaded model", do)
+
+def _check_sampler(sampler: str | None, model: Model) -> None:
+    if not sampler: return
+    if not isinstance(sampler, str): raise CTDiffusionError("sampler", f"{sampler!r}"[:80], "a name, for example 'ddim50'", "Correct sampler.")
+    parse_sampler(sampler, model.schedule)
+
 # %% ../../nbs/40_synthesis.ipynb #43b57dc7
 @torch.no_grad()
 def synthesize_slices(
@@ -337,29 +357,10 @@ def _output_file(out: object) -> Path:
         raise CTDiffusionError(path, f"{above}, which is no folder", "a folder for the result", "Choose another folder.")
     return path
 
-def _check_numbers(
-    **given: tuple[object, float, float],  # name: value, lowest, highest
-) -> None:
-    for name, (value, low, high) in given.items():
-        if _whole(value) and low <= value <= high: continue
-        limits = [f"{word} {limit:,}" for word, limit in (("at least", low), ("at most", high)) if np.isfinite(limit)]
-        expected = ", ".join(["a whole number", *[" and ".join(limits)] * bool(limits)])
-        raise CTDiffusionError(name, f"{value!r}"[:80], expected, f"Correct {name}.")
-
 def _check_texts(**given: object) -> None:
     for name, value in given.items():
         if value is not None and not isinstance(value, str):
             raise CTDiffusionError(name, f"{value!r}"[:80], "text", f"Correct {name}.")
-
-def _check_model(model: object) -> None:
-    if isinstance(model, Model): return
-    do = f"Pass load({model!r})." if isinstance(model, str) else "Pass what `load` returns."
-    raise CTDiffusionError("model", f"{model!r}"[:80], "a loaded model", do)
-
-def _check_sampler(sampler: str | None, model: Model) -> None:
-    if not sampler: return
-    if not isinstance(sampler, str): raise CTDiffusionError("sampler", f"{sampler!r}"[:80], "a name, for example 'ddim50'", "Correct sampler.")
-    parse_sampler(sampler, model.schedule)
 
 # %% ../../nbs/40_synthesis.ipynb #d4952962
 def _colour_tables(table: ClassTable) -> dict[str, bytes]:
