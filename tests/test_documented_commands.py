@@ -38,6 +38,7 @@ NOT_RUN = {
     r"dcm2niix .*": "another project's program",
     r"bench/.*": "a measurement of many minutes, on an idle machine",
     r".*\b(N|FOLDER|PATH|ROOT|OUT|NAME)\b.*": "a pattern within a sentence, with words to be replaced",
+    r"papermill --log-output|mkdir -p": "the name of an option within a sentence",
     r"papermill nbs/reproduce.ipynb .*-p budget full": "hours; without `-p budget full` it stands in a block, and is run",
 }
 
