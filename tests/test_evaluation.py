@@ -1,6 +1,6 @@
 """From a run to sealed rows: measured by hand, killed and continued, dealt out to processes, and refused."""
 import os, shutil, subprocess, sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -223,7 +223,7 @@ def test_refusals(data, run, tmp_path):
 
 def test_the_parameters_cell_declares_the_job(root):
     declared = parameters_cell(root / "nbs" / "evaluate.ipynb")
-    assert declared == {name: (type(value).__name__, value) for name, value in vars(EvaluateJob()).items()}
+    assert declared == {f.name: (type(f.default).__name__, f.default) for f in fields(EvaluateJob)}
 
 
 def test_the_job_through_papermill(root, data, run, tmp_path):
