@@ -1,5 +1,4 @@
 "Part C of the fault table, row F28: the job scripts of a cluster, with real notebooks, kernels and signals."
-import json
 import os
 import signal
 import subprocess
@@ -13,6 +12,7 @@ from little_runs import memory, one_thread, there, whole  # noqa: F401, fixtures
 from nbformat.v4 import new_code_cell, new_notebook
 from test_jobs import alive, cluster, nbs, until  # noqa: F401, fixtures
 
+from ctdiffusion.data.phantom import make_dataset
 from ctdiffusion.training.runs import latest_checkpoint, read_checkpoint
 
 
@@ -63,8 +63,7 @@ def test_F28_a_job_is_queued_again_before_its_time_is_up(cluster, s):
 def test_F28_a_reproduction_that_is_killed_leaves_no_training_behind(nbs, tmp_path, how):
     "The parent of several notebooks is killed: the training below it saves and leaves, and the same command goes on."
     there = tmp_path / "a root"
-    (there / "store").mkdir(parents=True)
-    (there / "store" / "manifest.json").write_text(json.dumps(dict(hash="0")))  # prepared
+    make_dataset(there / "data", 1, 1)
     again = "from ctdiffusion.apps.jobs import ReproduceJob, plan\nfrom ctdiffusion.apps.launch import run_tasks\nimport sys\nfrom pathlib import Path\n" \
             "tasks = [t for t in plan(ReproduceJob(root=sys.argv[1], variants='mask', workers=1)) if t.kind != 'evaluate']\nprint(run_tasks(tasks, 1, nbs=Path(sys.argv[2])))"
     command, run = [sys.executable, "-c", again, str(there), str(nbs)], there / "mask-s0"
