@@ -16,8 +16,8 @@ def relink(markdown: str) -> str:
 
 
 def render(index: Path = ROOT / "nbs/index.ipynb") -> str:
-    "The page as Markdown, without the cells tagged `hide`."
-    hide = {"enabled": True, "remove_cell_tags": {"hide"}}
+    "The page as Markdown, without the cells tagged `hide` and the code tagged `hide-input`."
+    hide = {"enabled": True, "remove_cell_tags": {"hide"}, "remove_input_tags": {"hide-input"}}
     markdown, _ = MarkdownExporter(config=Config(TagRemovePreprocessor=hide)).from_filename(str(index))
     return re.sub(r"\n{3,}", "\n\n", relink(markdown)).strip() + "\n"
 

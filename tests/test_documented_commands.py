@@ -19,7 +19,7 @@ from ctdiffusion.data.phantom import make_dataset, phantom, save_patient
 from ctdiffusion.synthesis.processes import SynthesizeJob
 
 ROOT = Path(__file__).resolve().parents[1]
-DOCUMENTS = ("README.md", "data_instructions.md")  # README.md is the front page, nbs/index.ipynb, rendered
+DOCUMENTS = ("README.md", "nbs/details.md", "data_instructions.md")  # README.md is the front page, nbs/index.ipynb, rendered
 JOBS = ("train", "prepare", "evaluate", "reproduce")
 PROGRAMS = ("make", "papermill", "torchrun", "python", "pip", "jupyter", "mkdir", "dcm2niix", "sbatch", "bench/", "slurm/")
 

@@ -1,4 +1,4 @@
-"The tables of the front page say what is counted and what was measured."
+"The tables of nbs/details.md say what is counted and what was measured."
 import json
 import re
 from pathlib import Path
@@ -9,13 +9,13 @@ from ctdiffusion.evaluation.fast import verdict
 from ctdiffusion.models.variants import VARIANTS, cost, preset
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
+DETAILS = (ROOT / "nbs/details.md").read_text()
 
 
 @pytest.fixture(scope="module")
 def rows(root):
     "variant: (millions of parameters, GMAC, steps, GB, seconds), each a list of numbers."
-    lines = re.findall(r"^\| .* \| \[(\w+)\]\(nbs/\d\d_\w+\.ipynb\) \| (.*) \|$", (root / "README.md").read_text(), re.M)
+    lines = re.findall(r"^\| .* \| \[(\w+)\]\(\d\d_\w+\.ipynb\) \| (.*) \|$", DETAILS, re.M)
     return {v: [[float(x) for x in re.findall(r"\d+(?:\.\d+)?", cell)] for cell in cells.split(" | ")] for v, cells in lines}
 
 
@@ -43,7 +43,7 @@ def measured(benchmark: str, table: str, row: str, key: str = "times_ours") -> f
 
 def test_speed_as_it_was_measured():
     "Every ratio of the table is in the benchmark's file, and nothing was read on a busy machine."
-    table = dict(re.findall(r"^\| (P\w+|G1-G4) \|.*\| (.*) \|$", README, re.M))
+    table = dict(re.findall(r"^\| (P\w+|G1-G4) \|.*\| (.*) \|$", DETAILS, re.M))
     one, job = "one evaluation, the mask", "1000 ancestral, all anew"
     told = {"P1": [f"{measured('sampling', f'a slice {of}', job):.0f}x" for of in ("at 64 x 64, conditional", "at 64 x 64, mask", "by conditional-demo", "by mask-demo")],
             "P1c": [f"{measured('sampling', 'a slice at 64 x 64, conditional', 'diffusers, DDIM-50'):.1f}x"],
@@ -61,7 +61,7 @@ def test_speed_as_it_was_measured():
 def test_quality_of_the_default_sampler_as_it_was_measured():
     rows = json.loads((ROOT / "nbs/results/fast-phantom.json").read_text())["rows"]
     all = [verdict(rows, f"{m}-demo", "sde12") for m in ("conditional", "mask", "edge")]
-    row = re.search(r"^\| P1q \|.*$", README, re.M)[0]
+    row = re.search(r"^\| P1q \|.*$", DETAILS, re.M)[0]
     assert "distance " + ", ".join(f"{100 * (v['distance'] / v['of'] - 1):+.0f}" for v in all) + " %" in row
     assert "mean Dice " + ", ".join(f"{v['dice_mean']:+.1f}" for v in all) in row
     assert f"errors {min(v['dice_mean_error'] for v in all):.1f} to {max(v['dice_mean_error'] for v in all):.1f}" in row and "not decided" in row

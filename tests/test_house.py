@@ -290,6 +290,7 @@ def test_readme_is_the_index_page():
 def test_links_lead_somewhere():
     "Relative links of README.md, data_instructions.md and of every page point to files that exist."
     texts = [(p, p.parent, p.read_text(encoding="utf-8")) for p in ROOT.glob("*.md")]
+    texts += [(p, NBS, p.read_text(encoding="utf-8")) for p in NBS.glob("*.md")]
     texts += [(p, NBS, "\n".join(map(source, cells(p, "markdown")))) for p in NOTEBOOKS]
     wrong = []
     for path, base, text in texts:
@@ -301,11 +302,11 @@ def test_links_lead_somewhere():
 
 
 def test_front_page_leads_to_every_page():
-    "The map on nbs/index.ipynb, its drawing and the site's sidebar miss no page and no job."
-    index = "\n".join(map(source, cells(NBS / "index.ipynb", "markdown")))
+    "The front page and the map of nbs/details.md, its drawing and the site's sidebar miss no page and no job."
+    index = "\n".join([*map(source, cells(NBS / "index.ipynb", "markdown")), (NBS / "details.md").read_text(encoding="utf-8")])
     drawing, sidebar = (NBS / "images/map.svg").read_text(encoding="utf-8"), yaml.safe_load((NBS / "_quarto.yml").read_text(encoding="utf-8"))
     globs = [s["contents"] for s in sidebar["website"]["sidebar"]["contents"] if isinstance(s, dict)]
-    wrong = [f"{name(p)}: not linked from nbs/index.ipynb" for p in PAGES + JOBS if f"]({p.name})" not in index]
+    wrong = [f"{name(p)}: not linked from nbs/index.ipynb or nbs/details.md" for p in PAGES + JOBS if f"]({p.name})" not in index]
     wrong += [f"{name(p)}: not in nbs/images/map.svg" for p in PAGES if f">{p.stem.replace('_', ' ')}<" not in drawing]
     wrong += [f"{name(p)}: not in nbs/_quarto.yml" for p in PAGES + JOBS if not any(p.match(g) for g in globs)]
     none(wrong)

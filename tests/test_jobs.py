@@ -161,7 +161,7 @@ def nbs(root, tmp_path):
     return there
 
 
-def until(what, seconds=180):
+def until(what, seconds=600):
     "Wait for something to become true."
     end = time.monotonic() + seconds
     while not what():

@@ -68,7 +68,8 @@ def test_F28_a_reproduction_that_is_killed_leaves_no_training_behind(nbs, tmp_pa
             "tasks = [t for t in plan(ReproduceJob(root=sys.argv[1], variants='mask', workers=1)) if t.kind != 'evaluate']\nprint(run_tasks(tasks, 1, nbs=Path(sys.argv[2])))"
     command, run = [sys.executable, "-c", again, str(there), str(nbs)], there / "mask-s0"
     parent = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    until(lambda: (run / "lock").exists() and (run / "pid").exists() and (run / "pid").read_text())
+    until(lambda: parent.poll() is not None or (run / "lock").exists() and (run / "pid").exists() and (run / "pid").read_text())
+    assert parent.poll() is None, "it ended before the training began"
     kernel = int((run / "pid").read_text())
     parent.send_signal(how)
     assert parent.wait(30) != 0
