@@ -31,13 +31,10 @@ SMALL = {
     "papermill nbs/reproduce.ipynb": "-p dry_run True",
 }
 
-# Commands that are replaced: after an installation the reader's `python` has the package, and here the environment of the tests has it.
-# (test_packaging builds and installs the wheel.)
-REPLACED = {r"pip install .*": ". .venv/bin/activate"}
-
 # Commands that are not run: a regular expression, and the reason. Their parts are looked at by other tests.
 NOT_RUN = {
     r"make \w+( PYTHON=\S+)?|PIP_EXTRA_INDEX_URL=\S+ make \w+": "sets up an environment of its own; that the target exists is tested below",
+    r"pip install .*": "changes the environment that this test runs in; test_packaging builds and installs the wheel",
     r"slurm/\S+.*|sbatch .*": "needs a cluster; that the file exists is tested below",
     r"dcm2niix .*": "another project's program",
     r"bench/.*": "a measurement of many minutes, on an idle machine",
@@ -157,8 +154,6 @@ def typed(example: Example) -> str:
     command = example.text
     for words, smaller in SMALL.items():
         if command.startswith(words): command = f"{command} {smaller}"
-    for pattern, other in REPLACED.items():
-        if re.fullmatch(pattern, command): command = other
     if example.kind == "python": return f"python - <<'END'\n{command}\nEND"
     return command
 

@@ -341,8 +341,7 @@ print(json.dumps(dict(total=class_map["total"], total_v1=class_map["total_v1"], 
 # beside a CPU build of torch, PyPI's torchvision cannot register its compiled operators; nothing here calls them, so their names suffice
 OPERATORS = '''
 from torch import library
-operators = library.Library("torchvision", "DEF")
-for name in ("nms", "qnms"): operators.define(name + "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+for name in ("nms", "qnms"): library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
 '''
 REAL = Path(os.environ.get("CTDIFFUSION_REAL_CT") or Path(__file__).resolve().parents[2] / "shared" / "data" / "real-ct")
 PYTHON = os.environ.get("CTDIFFUSION_JUDGE")
